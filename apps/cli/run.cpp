@@ -1,0 +1,241 @@
+// `tessera run`: prefill and generate with a model.
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <array>
+#include <csignal>
+#include <cstdio>
+#include <filesystem>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "command.h"
+#include "core/error.h"
+#include "io/json.h"
+#include "io/safetensors.h"
+#include "support/measure.h"
+#include "support/run_options.h"
+#include "tessera/model.h"
+
+namespace tessera::cli {
+
+namespace {
+
+struct Options {
+  std::string model;
+  std::string prompt;
+  std::string method = "dense";
+  std::string decode_method;
+  std::int64_t tokens = 128;
+  SamplingOptions sampling;
+  std::optional<std::int64_t> chunk;
+  std::string kv_dtype = "f32";
+  std::int64_t max_length = 0;
+  bool ignore_eos = false;
+  bool bits_per_byte = false;
+  std::string logits_out;
+  RunFlags run;
+  bool json = false;
+};
+
+// A signal handler can reach nothing but a static object.
+volatile std::sig_atomic_t interrupt_seen = 0;
+
+/// The first Ctrl-C ends the run between two layers; a second one ends the process at once.
+void watch_interrupt() {
+  struct sigaction action = {};
+  action.sa_handler = [](int) { interrupt_seen = 1; };
+  action.sa_flags = static_cast<int>(SA_RESETHAND);
+  sigaction(SIGINT, &action, nullptr);
+}
+
+std::string read_prompt(const std::string& path) {
+  if (path != "-") return read_text_file(path);
+  std::string text;
+  std::array<char, 65536> buffer{};
+  while (const std::size_t count = std::fread(buffer.data(), 1, buffer.size(), stdin)) {
+    text.append(buffer.data(), count);
+    require(text.size() <= JsonLimits{}.bytes, "--prompt -: more than {} bytes", JsonLimits{}.bytes);
+  }
+  require(std::ferror(stdin) == 0, "--prompt -: standard input cannot be read");
+  return text;
+}
+
+/// Lines on standard error for what takes longer than a second: one that renews itself on a terminal, else one every
+/// ten seconds.
+class ProgressLine {
+ public:
+  void show(const char* phase, double done, std::int64_t total) {
+    const double elapsed = watch_.milliseconds() / 1000;
+    const double wait = terminal_ ? (shown_ ? 0.2 : 1.0) : (shown_ ? 10.0 : 1.0);
+    if (elapsed - last_ < wait || done <= 0) return;
+    last_ = elapsed;
+    shown_ = true;
+    const double rate = done / elapsed;
+    fmt::print(stderr, "{}{}: {:.0f}% of {} tokens, {:.0f} tokens/s, {:.0f} s left{}", terminal_ ? "\r\x1b[K" : "",
+               phase, 100 * done / static_cast<double>(total), total, rate, (static_cast<double>(total) - done) / rate,
+               terminal_ ? "" : "\n");
+    std::fflush(stderr);
+  }
+  /// Wipes the line and starts the clock for the next phase.
+  void finish() {
+    if (shown_ && terminal_) fmt::print(stderr, "\r\x1b[K");
+    *this = ProgressLine();
+  }
+
+ private:
+  Stopwatch watch_;
+  double last_ = 0;
+  bool shown_ = false;
+  bool terminal_ = isatty(STDERR_FILENO) != 0;
+};
+
+/// Logits of the whole prompt, for --logits-out.
+class LogitsFile {
+ public:
+  LogitsFile(std::size_t tokens, std::int64_t vocab) : vocab_(vocab), tokens_(static_cast<std::int64_t>(tokens)) {
+    require(tokens_ <= (std::int64_t{1} << 31) / vocab,
+            "--logits-out: {} tokens times vocabulary {} are more than 2^31 logits", tokens, vocab);
+    values_.reserve(tokens * static_cast<std::size_t>(vocab));
+  }
+  void add(std::span<const float> logits) { values_.insert(values_.end(), logits.begin(), logits.end()); }
+  void write(const std::string& path) const {
+    const std::array tensors{named_tensor<float>("logits", DType::f32, {tokens_, vocab_}, values_)};
+    write_safetensors(path, tensors);
+  }
+
+ private:
+  std::int64_t vocab_;
+  std::int64_t tokens_;
+  std::vector<float> values_;
+};
+
+SessionOptions session_options(const Options& options) {
+  SessionOptions result;
+  result.prefill = make_method(options.method);
+  if (!options.decode_method.empty()) result.decode = make_method(options.decode_method);
+  result.kv_dtype = dtype_from_name(options.kv_dtype);
+  require(is_attention_dtype(result.kv_dtype), "--kv-dtype is {}; expected f32, bf16 or f16", options.kv_dtype);
+  result.chunk = options.chunk;
+  result.capacity = options.max_length;
+  result.run = run_options_of(options.run);
+  result.cancelled = [] { return interrupt_seen != 0; };
+  return result;
+}
+
+double per_second(std::int64_t count, double milliseconds) {
+  if (count == 0 || milliseconds <= 0) return std::numeric_limits<double>::quiet_NaN();
+  return static_cast<double>(count) * 1000 / milliseconds;
+}
+
+nlohmann::ordered_json report_of(const Generation& generation, const SessionStatistics& statistics) {
+  return {{"text", generation.text},
+          {"tokens", generation.tokens},
+          {"prompt_tokens", statistics.prefill_tokens},
+          {"prefill_ms", statistics.prefill_ms},
+          {"prefill_tokens_per_s", per_second(statistics.prefill_tokens, statistics.prefill_ms)},
+          {"attention_ms", statistics.attention_ms},
+          {"decode_tokens_per_s", per_second(statistics.decode_tokens, statistics.decode_ms)},
+          {"density", statistics.density()},
+          {"peak_rss_mb", peak_memory_mb()},
+          {"bits_per_byte", generation.bits_per_byte.value_or(std::numeric_limits<double>::quiet_NaN())}};
+}
+
+void print_summary(const Generation& generation, const Session& session) {
+  const SessionStatistics& s = session.statistics();
+  fmt::print(stderr, "prompt {} tokens in {:.0f} ms ({:.0f} tokens/s), density {:.4f}; ", s.prefill_tokens,
+             s.prefill_ms, per_second(s.prefill_tokens, s.prefill_ms), s.density());
+  if (s.decode_tokens > 0) fmt::print(stderr, "decode {:.1f} tokens/s; ", per_second(s.decode_tokens, s.decode_ms));
+  fmt::print(stderr, "attention {:.0f} ms; cache {:.1f} MB, peak memory {:.0f} MB", s.attention_ms,
+             static_cast<double>(session.cache_bytes()) / 1e6, peak_memory_mb());
+  if (generation.bits_per_byte) fmt::print(stderr, "; prompt {:.4f} bits per byte", *generation.bits_per_byte);
+  fmt::print(stderr, "\n");
+}
+
+void run_run(const Options& options) {
+  require(options.tokens >= 0, "-n is {}; expected 0 or more", options.tokens);
+  require(options.max_length >= 0, "--max-length is {}; expected 0 (the model's limit) or more", options.max_length);
+  const SessionOptions wanted = session_options(options);
+  watch_interrupt();
+  const Model model = Model::load(options.model, options.run.threads);
+  const std::vector<std::int32_t> prompt = model.encode(read_prompt(options.prompt));
+  require(!prompt.empty(), "--prompt {}: the prompt is empty and the model has no token to start with", options.prompt);
+  Session session(model, wanted);
+  require(static_cast<std::int64_t>(prompt.size()) <= session.capacity(),
+          "--prompt {}: {} tokens exceed the {} {}; shorten it, or raise the limit with --max-length", options.prompt,
+          prompt.size(), options.max_length > 0 ? "--max-length" : "model's max_position_embeddings of",
+          session.capacity());
+
+  ProgressLine progress;
+  std::optional<LogitsFile> logits;
+  if (!options.logits_out.empty()) logits.emplace(prompt.size(), model.config().vocab_size);
+  GenerateOptions generate_options;
+  generate_options.max_tokens = options.tokens;
+  generate_options.sampling = options.sampling;
+  generate_options.stop_at_eos = !options.ignore_eos;
+  generate_options.bits_per_byte = options.json || options.bits_per_byte;
+  generate_options.prefill.on_progress = [&](double done, std::int64_t total) {
+    progress.show("prefill", done, total);
+    if (done >= static_cast<double>(total)) progress.finish();
+  };
+  if (logits)
+    generate_options.prefill.on_logits = [&](std::int64_t, std::span<const float> rows) { logits->add(rows); };
+  if (options.json) {
+    generate_options.on_decode_progress = [&](std::int64_t done, std::int64_t total) {
+      progress.show("decode", static_cast<double>(done), total);
+    };
+  } else {
+    generate_options.on_text = [](std::string_view bytes) {
+      std::fwrite(bytes.data(), 1, bytes.size(), stdout);
+      require(std::fflush(stdout) == 0, "standard output: write failed");
+    };
+  }
+  const Generation generation = generate(session, prompt, generate_options);
+  progress.finish();
+  if (logits) logits->write(options.logits_out);
+  if (options.json) {
+    print_json(report_of(generation, session.statistics()));
+  } else {
+    fmt::print("\n");
+    print_summary(generation, session);
+  }
+}
+
+}  // namespace
+
+void add_run(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = add_command(app, "run", "Prefill a prompt and generate with a language model",
+                                  "tessera run --model models/tessera-bytes --prompt README.md --method "
+                                  "xattention:tau=0.9 -n 64");
+  command->add_option("--model", options->model, "Folder with config.json, *.safetensors and tokenizer.json")
+      ->required();
+  command->add_option("--prompt", options->prompt, "File with the prompt, or - for standard input")->required();
+  command->add_option("--method", options->method, "Prefill method, and decode method if it supports that: SPEC")
+      ->capture_default_str();
+  command->add_option("--decode-method", options->decode_method, "Decode method: SPEC");
+  command->add_option("-n,--tokens", options->tokens, "Tokens to generate at most")->capture_default_str();
+  command->add_option("--temperature", options->sampling.temperature, "0: always the most likely token")
+      ->capture_default_str();
+  command->add_option("--top-p", options->sampling.top_p, "Sample from the most likely tokens of this mass")
+      ->capture_default_str();
+  command->add_option("--seed", options->sampling.seed, "Seed of the sampling")->capture_default_str();
+  command->add_option(
+      "--chunk", options->chunk,
+      "Tokens per prefill chunk, 0 for the whole prompt (default: whole while activations fit in 1 GiB)");
+  command->add_option("--kv-dtype", options->kv_dtype, "Keys and values in the cache: f32, bf16 or f16")
+      ->capture_default_str();
+  command->add_option("--max-length", options->max_length, "Longest sequence (default: the model's limit)");
+  command->add_flag("--ignore-eos", options->ignore_eos, "Do not stop at an end-of-sequence token");
+  command->add_flag("--bits-per-byte", options->bits_per_byte,
+                    "Measure the bits per byte of the prompt (always with --json)");
+  command->add_option("--logits-out", options->logits_out, "Write the prompt's logits: f32 [tokens, vocabulary]");
+  add_run_options(*command, options->run);
+  add_json_option(*command, options->json);
+  command->callback([options] { run_run(*options); });
+}
+
+}  // namespace tessera::cli

@@ -1,0 +1,330 @@
+#include "support/bench_attention.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "command.h"
+#include "core/error.h"
+#include "core/parallel.h"
+#include "kernels/peak.h"
+#include "support/bare_plan.h"
+#include "support/measure.h"
+#include "support/run_options.h"
+#include "support/verify.h"
+#include "tessera/eval.h"
+#include "tessera/method.h"
+
+namespace tessera::cli {
+
+namespace {
+
+struct Options {
+  std::string method;
+  std::string plan;
+  std::int64_t kv_len = 0;
+  std::int64_t q_len = 0;  // 0: kv_len in prefill, 1 in decode
+  std::int64_t heads = 8;
+  std::int64_t kv_heads = 0;  // 0: heads
+  std::int64_t dim = 128;
+  std::int64_t value_dim = 0;  // 0: dim
+  std::string dtype = "f32";
+  bool causal = false;
+  std::string data = "randn";
+  std::string phase = "prefill";
+  int repeats = 5;
+  std::uint64_t seed = 1;
+  RunFlags run;
+  bool json = false;
+};
+
+Problem problem_from(const Options& options) {
+  require(options.phase == "prefill" || options.phase == "decode", "--phase is '{}'; expected 'prefill' or 'decode'",
+          options.phase);
+  const auto positive = [](std::string_view name, std::int64_t value) {
+    require(value > 0 && value <= std::int64_t{1} << 31, "{} is {}; expected 1 to 2^31", name, value);
+    return value;
+  };
+  Problem problem;
+  problem.kv_len = positive("--len", options.kv_len);
+  problem.q_len =
+      options.q_len != 0 ? positive("--q-len", options.q_len) : (options.phase == "decode" ? 1 : problem.kv_len);
+  problem.q_heads = positive("--heads", options.heads);
+  problem.kv_heads = options.kv_heads != 0 ? positive("--kv-heads", options.kv_heads) : problem.q_heads;
+  problem.head_dim = positive("--dim", options.dim);
+  problem.value_dim = options.value_dim != 0 ? positive("--value-dim", options.value_dim) : problem.head_dim;
+  problem.causal = options.causal;
+  problem.validate();
+  return problem;
+}
+
+HeadOptions head_options_of(const Options& options, const Problem& problem) {
+  const std::vector<std::string> kinds = head_kinds();
+  require(std::find(kinds.begin(), kinds.end(), options.data) != kinds.end(),
+          "unknown kind of data '{}'; did you mean '{}'?", options.data, nearest_name(options.data, kinds));
+  HeadOptions heads;
+  heads.kind = options.data;
+  heads.tokens = problem.kv_len;
+  heads.q_tokens = problem.q_len;
+  heads.q_heads = problem.q_heads;
+  heads.kv_heads = problem.kv_heads;
+  heads.head_dim = problem.head_dim;
+  heads.value_dim = problem.value_dim;
+  heads.seed = options.seed;
+  heads.dtype = dtype_from_name(options.dtype);
+  heads.causal = problem.causal;
+  return heads;
+}
+
+/// What one execution took.
+struct Times {
+  double plan_ms = 0;
+  double kernel_ms = 0;
+};
+
+/// The thing that is measured: a method, which plans anew each time, or a plan built once.
+class Subject {
+ public:
+  Subject(const Options& options, const Problem& problem, const RunOptions& run) : problem_(problem) {
+    context_.run = run;
+    if (!options.method.empty()) {
+      method_ = make_method(options.method);
+      const Phases phases = method_->info().phases;
+      require(options.phase == "decode" ? phases.decode : phases.prefill, "method '{}' does not support {}",
+              method_->info().name, options.phase);
+      name_ = method_->info().name;
+      parameters_ = nlohmann::ordered_json::parse(method_->parameters());
+      return;
+    }
+    const Stopwatch stopwatch;
+    BarePlan bare = make_bare_plan(options.plan, problem);
+    plan_ms_ = stopwatch.milliseconds();
+    name_ = bare.name;
+    parameters_ = bare.parameters;
+    plan_ = std::move(bare.plan);
+  }
+
+  const std::string& name() const { return name_; }
+  const nlohmann::ordered_json& parameters() const { return parameters_; }
+  /// The plan of the last execution.
+  const Plan& plan() const { return plan_; }
+  const RunReport& report() const { return report_; }
+
+  Times execute(const AttentionInputs& inputs, const AttentionOutputs& outputs) {
+    if (method_ == nullptr) {
+      report_ = run(plan_, inputs, outputs, context_.run);
+      return {plan_ms_, report_.kernel_ms};
+    }
+    const std::unique_ptr<MethodState> state = method_->new_state();
+    context_.state = state.get();
+    report_ = method_->attend(problem_, inputs, outputs, context_, &plan_);
+    context_.state = nullptr;
+    return {report_.plan_ms, report_.kernel_ms};
+  }
+
+ private:
+  Problem problem_;
+  PlanContext context_;
+  std::unique_ptr<const Method> method_;
+  std::string name_;
+  nlohmann::ordered_json parameters_;
+  Plan plan_;
+  double plan_ms_ = 0;
+  RunReport report_;
+};
+
+/// Largest rates seen before and after the measurement: the machine may be busy at one of the two moments.
+struct Peaks {
+  double gflops = 0;
+  double gbps = 0;
+
+  void measure(Isa isa, DType dtype, int threads) {
+    // The kernels compute bf16 with dot products where the machine has them, all else in f32.
+    const DType compute = isa == Isa::avx512_bf16 && dtype == DType::bf16 ? DType::bf16 : DType::f32;
+    gflops = std::max(gflops, kernels::measure_peak_gflops(isa, compute, threads));
+    gbps = std::max(gbps, kernels::measure_read_bandwidth(threads));
+  }
+};
+
+struct Result {
+  Problem problem;
+  RunReport report;
+  PlanStatistics statistics;
+  Spread plan_ms;
+  Spread kernel_ms;
+  Spread dense_ms;
+  Peaks peaks;
+  double peak_rss_mb = 0;
+  double extra_mb = 0;  ///< what one execution needed beyond its inputs and outputs
+  double inputs_outputs_mb = 0;
+};
+
+Result measure(const Options& options, const Problem& problem, Subject& subject, const RunOptions& run_options) {
+  Result result;
+  result.problem = problem;
+  const DType dtype = dtype_from_name(options.dtype);
+  const int threads = thread_count(run_options.threads);
+
+  fmt::print(stderr, "peaks ...\n");
+  result.peaks.measure(*run_options.isa, dtype, threads);
+  fmt::print(stderr, "data ({}) ...\n", options.data);
+  HeadOptions head_options = head_options_of(options, problem);
+  head_options.threads = threads;
+  const HeadData data = make_heads(head_options);
+  std::vector<std::byte> o(static_cast<std::size_t>(problem.q_heads * problem.q_len * problem.value_dim) *
+                           size_of(dtype));
+  std::vector<float> lse(static_cast<std::size_t>(problem.q_heads * problem.q_len));
+  AttentionInputs inputs;
+  inputs.q = data.q();
+  inputs.k = data.k();
+  inputs.v = data.v();
+  const AttentionOutputs outputs{
+      mutable_view_of(o.data(), dtype, {1, problem.q_heads, problem.q_len, problem.value_dim}), lse};
+  result.inputs_outputs_mb = static_cast<double>(data.q_bytes.size() + data.k_bytes.size() + data.v_bytes.size() +
+                                                 o.size() + lse.size() * sizeof(float)) /
+                             1e6;
+
+  const Plan dense = dense_plan(problem);
+  RunOptions dense_options = run_options;
+  dense_options.kernel = KernelKind::automatic;
+  fmt::print(stderr, "checking {} and dense against the reference ...\n", subject.name());
+  reset_peak_memory();
+  const double resident_mb = peak_memory_mb();
+  subject.execute(inputs, outputs);
+  result.peak_rss_mb = peak_memory_mb();
+  result.extra_mb = result.peak_rss_mb - resident_mb;
+  if (subject.plan().sources.size() == 1) verify_samples(subject.name(), subject.plan(), inputs, outputs);
+  result.statistics = statistics(subject.plan());
+  run(dense, inputs, outputs, dense_options);
+  verify_samples("dense", dense, inputs, outputs);
+
+  std::vector<double> plan_ms;
+  std::vector<double> kernel_ms;
+  std::vector<double> dense_ms;
+  for (int i = 0; i < options.repeats; ++i) {
+    const Times times = subject.execute(inputs, outputs);
+    plan_ms.push_back(times.plan_ms);
+    kernel_ms.push_back(times.kernel_ms);
+    dense_ms.push_back(run(dense, inputs, outputs, dense_options).kernel_ms);
+    fmt::print(stderr, "{}/{}: {} {:.2f} ms (plan {:.2f} ms), dense {:.2f} ms\n", i + 1, options.repeats,
+               subject.name(), kernel_ms.back(), plan_ms.back(), dense_ms.back());
+  }
+  result.peaks.measure(*run_options.isa, dtype, threads);
+  result.report = subject.report();
+  result.plan_ms = spread_of(plan_ms);
+  result.kernel_ms = spread_of(kernel_ms);
+  result.dense_ms = spread_of(dense_ms);
+  return result;
+}
+
+nlohmann::ordered_json to_json(const Options& options, const Subject& subject, const Result& result) {
+  const Problem& problem = result.problem;
+  const double seconds = result.kernel_ms.median / 1e3;
+  const double flops = 2.0 * static_cast<double>(result.statistics.planned_pairs) *
+                       static_cast<double>(problem.head_dim + problem.value_dim);
+  // The statistics count keys and values at two bytes an element.
+  const double bytes = result.statistics.kv_bytes / 2 * static_cast<double>(size_of(dtype_from_name(options.dtype)));
+  const double gflops = flops / seconds / 1e9;
+  const double gbps = bytes / seconds / 1e9;
+  const double ratio = result.kernel_ms.median / result.dense_ms.median;
+  return {{"method", subject.name()},
+          {"params", subject.parameters()},
+          {"isa", name_of(result.report.isa)},
+          {"threads", result.report.threads},
+          {"dtype", options.dtype},
+          {"density", result.statistics.density},
+          {"plan_ms", to_json(result.plan_ms)},
+          {"kernel_ms", to_json(result.kernel_ms)},
+          {"gflops", gflops},
+          {"peak_gflops", result.peaks.gflops},
+          {"fraction_of_peak", gflops / result.peaks.gflops},
+          {"dense_ms", to_json(result.dense_ms)},
+          {"ratio_to_dense", ratio},
+          {"gbps", gbps},
+          {"peak_gbps", result.peaks.gbps},
+          {"fraction_of_bandwidth", gbps / result.peaks.gbps},
+          {"kernel", name_of(result.report.kernel)},
+          {"executed_density", result.statistics.executed_density},
+          {"ratio_to_density_times_dense", ratio / result.statistics.density},
+          {"plan_to_dense", result.plan_ms.median / result.dense_ms.median},
+          {"peak_rss_mb", result.peak_rss_mb},
+          {"inputs_outputs_mb", result.inputs_outputs_mb},
+          {"extra_mb", result.extra_mb},
+          {"workspace_mb", static_cast<double>(result.report.workspace_bytes) / 1e6}};
+}
+
+void print_text(const nlohmann::ordered_json& json) {
+  const auto number = [&](const char* key) { return json[key].get<double>(); };
+  const auto spread = [&](const char* key) {
+    return fmt::format("{:.3f} ms (from {:.3f} to {:.3f})", json[key]["median"].get<double>(),
+                       json[key]["min"].get<double>(), json[key]["max"].get<double>());
+  };
+  fmt::print("{} {}\n", json["method"].get<std::string>(), json["params"].dump());
+  fmt::print("  {} kernel, {}, {} threads, {}\n", json["kernel"].get<std::string>(), json["isa"].get<std::string>(),
+             json["threads"].get<int>(), json["dtype"].get<std::string>());
+  fmt::print("  density    {:.4f} (executed {:.4f})\n", number("density"), number("executed_density"));
+  fmt::print("  plan       {}, {:.2f} % of dense\n", spread("plan_ms"), 100 * number("plan_to_dense"));
+  fmt::print("  kernel     {}\n", spread("kernel_ms"));
+  fmt::print("  dense      {}\n", spread("dense_ms"));
+  fmt::print("  ratio      {:.4f} of dense = {:.3f} x density x dense\n", number("ratio_to_dense"),
+             number("ratio_to_density_times_dense"));
+  fmt::print("  arithmetic {:.1f} GFLOP/s, {:.1f} % of the peak {:.1f}\n", number("gflops"),
+             100 * number("fraction_of_peak"), number("peak_gflops"));
+  fmt::print("  memory     {:.2f} GB/s of keys and values, {:.1f} % of the peak {:.2f}\n", number("gbps"),
+             100 * number("fraction_of_bandwidth"), number("peak_gbps"));
+  fmt::print(
+      "  resident   {:.1f} MB at most; inputs and outputs {:.1f} MB, beyond them {:.1f} MB (workspace {:.1f} MB)\n",
+      number("peak_rss_mb"), number("inputs_outputs_mb"), number("extra_mb"), number("workspace_mb"));
+}
+
+void run_bench_attention(const Options& options) {
+  require(options.method.empty() != options.plan.empty(), "give one of --method and --plan");
+  require(options.repeats > 0 && options.repeats <= 1000, "--repeats is {}; expected 1 to 1000", options.repeats);
+  const DType dtype = dtype_from_name(options.dtype);
+  require(is_attention_dtype(dtype), "--dtype is {}; expected f32, bf16 or f16", options.dtype);
+  const Problem problem = problem_from(options);
+  const RunOptions run_options = run_options_of(options.run);
+  head_options_of(options, problem);  // an unknown kind of data fails before the work starts
+  Subject subject(options, problem, run_options);
+  const nlohmann::ordered_json json = to_json(options, subject, measure(options, problem, subject, run_options));
+  if (options.json) {
+    print_json(json);
+  } else {
+    print_text(json);
+  }
+}
+
+}  // namespace
+
+void add_bench_attention(CLI::App& bench) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command =
+      add_command(bench, "attention", "One attention call against dense attention and the machine's peaks",
+                  "tessera bench attention --plan random-block:tile=128,density=0.05 --len 32768 --heads 8 "
+                  "--kv-heads 2 --dim 128 --dtype bf16 --causal\n\nPlans with their defaults:\n" +
+                      bare_plan_help());
+  command->add_option("--method", options->method, "Method SPEC: name or name:key=value,... (see tessera methods)");
+  command->add_option("--plan", options->plan, "Plan without a method: name or name:key=value,... (below)");
+  command->add_option("--len", options->kv_len, "Keys")->required();
+  command->add_option("--q-len", options->q_len, "Queries (default: --len, or 1 with --phase decode)");
+  command->add_option("--heads", options->heads, "Query heads")->capture_default_str();
+  command->add_option("--kv-heads", options->kv_heads, "Key and value heads (default: --heads)");
+  command->add_option("--dim", options->dim, "Head dimension")->capture_default_str();
+  command->add_option("--value-dim", options->value_dim, "Dimension of the values (default: --dim)");
+  command->add_option("--dtype", options->dtype, "f32, bf16 or f16")->capture_default_str();
+  command->add_flag("--causal", options->causal, "Queries see keys up to their own position");
+  command->add_option("--data", options->data, fmt::format("Data: {}", fmt::join(head_kinds(), ", ")))
+      ->capture_default_str();
+  command->add_option("--phase", options->phase, "prefill or decode")->capture_default_str();
+  command->add_option("--repeats", options->repeats, "Measurements of each side, alternating")->capture_default_str();
+  command->add_option("--seed", options->seed, "Seed of the data")->capture_default_str();
+  add_run_options(*command, options->run);
+  add_json_option(*command, options->json);
+  command->callback([options] { run_bench_attention(*options); });
+}
+
+}  // namespace tessera::cli

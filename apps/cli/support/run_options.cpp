@@ -1,0 +1,56 @@
+#include "support/run_options.h"
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "core/error.h"
+
+namespace tessera::cli {
+
+namespace {
+
+constexpr std::array kernel_kinds{KernelKind::automatic, KernelKind::reference, KernelKind::query_major,
+                                  KernelKind::key_major, KernelKind::split_key};
+
+template <class Values>
+std::vector<std::string> names_of(const Values& values) {
+  std::vector<std::string> names;
+  names.reserve(values.size());
+  for (const auto value : values) names.emplace_back(name_of(value));
+  return names;
+}
+
+}  // namespace
+
+void add_run_options(CLI::App& command, RunFlags& flags) {
+  command.add_option("--isa", flags.isa,
+                     fmt::format("Instruction set of the kernels, of those here: {} (default: the last, or "
+                                 "TESSERA_ISA)",
+                                 fmt::join(names_of(supported_isas()), ", ")));
+  command.add_option("--threads", flags.threads, "Threads (default: all)");
+  command.add_option("--kernel", flags.kernel, fmt::format("Kernel: {}", fmt::join(names_of(kernel_kinds), ", ")))
+      ->capture_default_str();
+}
+
+RunOptions run_options_of(const RunFlags& flags) {
+  RunOptions options;
+  const std::vector<Isa> here = supported_isas();
+  if (!flags.isa.empty()) {
+    options.isa = isa_from_name(flags.isa);
+    require(std::find(here.begin(), here.end(), *options.isa) != here.end(),
+            "--isa {} cannot run on this machine; it has: {}", flags.isa, fmt::join(names_of(here), ", "));
+  } else {
+    options.isa = default_isa();
+  }
+  const auto kernel = std::find_if(kernel_kinds.begin(), kernel_kinds.end(),
+                                   [&](KernelKind kind) { return name_of(kind) == flags.kernel; });
+  require(kernel != kernel_kinds.end(), "unknown kernel '{}'; did you mean '{}'?", flags.kernel,
+          nearest_name(flags.kernel, names_of(kernel_kinds)));
+  options.kernel = *kernel;
+  require(flags.threads >= 0 && flags.threads <= 4096, "--threads is {}; expected 0 (all) to 4096", flags.threads);
+  options.threads = flags.threads;
+  return options;
+}
+
+}  // namespace tessera::cli

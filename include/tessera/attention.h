@@ -1,0 +1,98 @@
+// Running a plan: O and LSE from Q, K, V.
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "tessera/core.h"
+#include "tessera/plan.h"
+
+namespace tessera {
+
+/// Changes to scores and softmax. Defaults change nothing. The order is: s = scale * q.k; softcap; + ALiBi; + key bias;
+/// + log-weight of the key source; softmax with the sink logit in its denominator.
+struct Modifiers {
+  float softcap = 0;                    ///< s <- softcap * tanh(s / softcap); 0 = off
+  std::span<const float> alibi_slopes;  ///< [q_heads]: s += slope * (key position - query position); empty = off
+  std::span<const float> sink_logits;   ///< [q_heads]: exp(sink) joins the denominator and the LSE; empty = off
+  TensorView key_bias;                  ///< f32 [B or 1, q_heads, kv_heads or 1, Nk as tokens, 1]; data null = off
+
+  bool changes_scores() const { return softcap != 0 || !alibi_slopes.empty() || key_bias.data != nullptr; }
+};
+
+/// Table of fixed-size pages for keys and values: token t of sequence b lies in page table[b * pages_per_sequence +
+/// t / page_size]. The k and v views then have shape [pages, kv_heads, page_size, dim].
+struct PageTable {
+  std::span<const std::int32_t> table;  ///< [batch, pages_per_sequence]
+  std::int64_t pages_per_sequence = 0;
+  std::int64_t page_size = 0;  ///< tokens; a multiple of 16
+  bool used() const { return page_size != 0; }
+};
+
+/// Keys and values of a derived source (Plan::sources[i], i >= 1) with one log-weight per key.
+struct KeySource {
+  TensorView k;                       ///< [batch, kv_heads, keys, head_dim]
+  TensorView v;                       ///< [batch, kv_heads, keys, value_dim]
+  std::span<const float> log_weight;  ///< [batch, kv_heads, keys]; empty = all 0
+};
+
+/// What one attention call reads.
+struct AttentionInputs {
+  TensorView q;  ///< [B, Hq, Nq, D]
+  TensorView k;  ///< [B, Hkv, Nk, D], or pages
+  TensorView v;  ///< [B, Hkv, Nk, Dv], or pages
+  PageTable pages;
+  std::vector<KeySource> sources;  ///< sources[i] belongs to Plan::sources[i + 1]
+  Modifiers modifiers;
+};
+
+/// Where it writes. Rows that select no key yield output 0 and LSE -inf.
+struct AttentionOutputs {
+  MutableTensorView o;  ///< [B, Hq, Nq, Dv] in f32, bf16 or f16
+  /// Natural-log log-sum-exp: [B, Hq, Nq], in variable-length batches [Hq, total queries]; empty = not wanted.
+  std::span<float> lse;
+};
+
+/// Instruction sets with their own build of the kernel text.
+enum class Isa : std::uint8_t { portable, avx2, avx512, avx512_bf16 };
+std::string_view name_of(Isa isa);
+/// Throws Error that lists the known names.
+Isa isa_from_name(std::string_view name);
+/// Sets this machine can run, ascending.
+std::vector<Isa> supported_isas();
+/// The best of them, or the one that the environment variable TESSERA_ISA names (Error if it cannot run here).
+Isa default_isa();
+
+/// Which kernel runs a plan. `automatic` chooses by the plan's shape.
+enum class KernelKind : std::uint8_t { automatic, reference, query_major, key_major, split_key };
+std::string_view name_of(KernelKind kind);
+
+struct RunOptions {
+  KernelKind kernel = KernelKind::automatic;
+  std::optional<Isa> isa;                               ///< absent: default_isa()
+  int threads = 0;                                      ///< 0: OpenMP's default
+  std::size_t workspace_bytes = std::size_t{48} << 20;  ///< bound on packed keys and values held at once
+};
+
+/// What happened, for reports.
+struct RunReport {
+  KernelKind kernel = KernelKind::automatic;
+  Isa isa = Isa::portable;
+  int threads = 0;
+  std::size_t workspace_bytes = 0;  ///< packed keys and values plus the scratch of all threads
+  double plan_ms = 0;               ///< wall time of choosing the plan; filled by Method::attend
+  double kernel_ms = 0;             ///< wall time of running it; filled by run()
+};
+
+/// Runs a plan. Throws Error when the tensors do not fit the plan's problem. Results do not depend on the number of
+/// threads. float32 accumulation and softmax state; see docs/architecture.md for the kernels.
+RunReport run(const Plan& plan, const AttentionInputs& inputs, const AttentionOutputs& outputs,
+              const RunOptions& options = {});
+
+/// Throws Error naming the argument unless tensors and modifiers fit the problem (shapes, dtypes, unit last stride).
+void check_inputs(const Problem& problem, const AttentionInputs& inputs);
+
+}  // namespace tessera

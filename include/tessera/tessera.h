@@ -1,0 +1,9 @@
+// Everything a user of the library includes.
+#pragma once
+
+#include "tessera/attention.h"
+#include "tessera/cache.h"
+#include "tessera/core.h"
+#include "tessera/method.h"
+#include "tessera/model.h"
+#include "tessera/plan.h"

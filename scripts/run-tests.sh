@@ -1,0 +1,22 @@
+#!/bin/bash
+# Runs the tests of one build: C++ and command line (ctest), then Python (pytest). usage: scripts/run-tests.sh PRESET
+set -euo pipefail
+preset=$1
+build=build/$preset
+summary=$build/test-summary.txt
+rm -f "$summary"
+
+# Tests use two threads each; more of them at once than half the processors would only make them wait.
+jobs=$(($(nproc) / 2))
+ctest --preset "$preset" --parallel $((jobs > 0 ? jobs : 1)) --quiet --output-log "$build/ctest.log" --output-on-failure ||
+  { grep -v ' Passed ' "$build/ctest.log" | tail -n 200; exit 1; }
+grep -E 'tests passed' "$build/ctest.log" | sed 's/^/C++ and command line (ctest): /' | tee "$summary"
+
+python_tests=(training)
+if [[ -d tests/integration ]]; then python_tests+=(tests/integration); fi
+OMP_WAIT_POLICY=passive TESSERA_CLI=$PWD/$build/bin/tessera .venv/bin/python -m pytest -q -ra -p no:cacheprovider "${python_tests[@]}" 2>&1 |
+  tee "$build/pytest.log"
+tail -n 1 "$build/pytest.log" | sed 's/^/Python integration and training (pytest): /' >>"$summary"
+
+echo
+cat "$summary"

@@ -1,0 +1,34 @@
+// Loops over threads: OpenMP with dynamic balance, exceptions carried to the caller.
+#pragma once
+
+#include <omp.h>
+
+#include <cstdint>
+#include <exception>
+
+namespace tessera {
+
+/// Threads a call uses: `requested`, or OpenMP's default when 0; 1 inside a parallel region.
+inline int thread_count(int requested) {
+  if (omp_in_parallel()) return 1;
+  return requested > 0 ? requested : omp_get_max_threads();
+}
+
+/// body(i, thread) for i in [0, count), handed out one at a time in ascending order: put long items first.
+template <class Body>
+void parallel_for(std::int64_t count, int threads, const Body& body) {
+  std::exception_ptr error;
+  const int team = count > 1 ? thread_count(threads) : 1;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1)
+  for (std::int64_t i = 0; i < count; ++i) {
+    try {
+      body(i, omp_get_thread_num());
+    } catch (...) {
+#pragma omp critical(tessera_parallel_error)
+      if (!error) error = std::current_exception();
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace tessera

@@ -1,0 +1,251 @@
+// One block: up to 128 rows against up to 128 keys. Scores, modifiers, masks, online softmax, output. Included once per
+// level; query-major and key-major kernels fill the scratch differently and share everything here.
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+/// Rows of the next register block. One or two rows left over would run at the latency of their few accumulators, so
+/// the last two blocks share.
+inline std::int64_t register_rows(std::int64_t remaining) {
+  if (remaining <= kRegisterRows) return remaining;
+  return remaining - kRegisterRows <= kRegisterRows / 3 ? (remaining + 1) / 2 : kRegisterRows;
+}
+
+inline bool group_reaches(const KeyGroup& group, std::int32_t lowest_position, std::int32_t highest_position) {
+  const std::int64_t left = group.left;
+  const std::int64_t right = group.right;
+  return group.first_key <= highest_position + right && group.last_key >= lowest_position - left;
+}
+
+/// 16 bits of a bitmask row from bit `first` on, which may be negative.
+inline std::uint32_t mask_bits(const std::uint64_t* words, std::int64_t count, std::int64_t first) {
+  if (first < 0) return static_cast<std::uint32_t>(words[0] << -first) & 0xffffU;
+  const std::int64_t word = first / 64;
+  const std::int64_t shift = first % 64;
+  if (word >= count) return 0;
+  std::uint64_t bits = words[word] >> shift;
+  if (shift > 48 && word + 1 < count) bits |= words[word + 1] << (64 - shift);
+  return static_cast<std::uint32_t>(bits) & 0xffffU;
+}
+
+/// Which of the 16 keys of a group the row may see, as a bit per lane.
+inline std::uint32_t row_lanes(const KeyGroup& group, std::int64_t row_in_tile) {
+  if (group.bits == nullptr) return group.lanes;
+  return group.lanes & mask_bits(group.bits + row_in_tile * group.bit_words, group.bit_words, group.first_bit);
+}
+
+/// Writes -inf over the scores of pairs that are not allowed.
+inline void mask_group(const TileScratch& scratch, const KeyGroup& group, std::int64_t g, std::int64_t row) {
+  const std::int64_t position = scratch.position[row];
+  const std::int64_t lowest = position - group.left;
+  const std::int64_t highest = position + group.right;
+  const IntVec low = set1_int(static_cast<std::int32_t>(std::max<std::int64_t>(lowest, INT32_MIN)));
+  const IntVec high = set1_int(static_cast<std::int32_t>(std::min<std::int64_t>(highest, INT32_MAX)));
+  const std::uint32_t lanes = row_lanes(group, scratch.row_in_tile[row]);
+  float* scores = scratch.scores + row * kBlockKeys + g * kGroupKeys;
+  for (int lane = 0; lane < kGroupKeys; lane += kLanes) {
+    const IntVec keys = load_int(scratch.keys + g * kGroupKeys + lane);
+    const Mask allowed = both(both(not_less(keys, low), not_less(high, keys)), mask_from_bits(lanes >> lane));
+    store(scores + lane, select(allowed, load(scores + lane), set1(kMinusInfinity)));
+  }
+}
+
+/// Soft-cap, ALiBi, key bias and log-weights on one row; scores become natural-unit scores.
+inline void modify_row(const Call& call, const ScoreRule& rule, const TileJob& job, const TileScratch& scratch,
+                       std::int64_t row) {
+  const Modifiers& modifiers = call.inputs.modifiers;
+  const std::int32_t head = scratch.head[row];
+  const float slope = modifiers.alibi_slopes.empty() ? 0.0F : modifiers.alibi_slopes.data()[head];
+  const auto position = static_cast<float>(scratch.position[row]);
+  for (std::int32_t g = 0; g < scratch.group_count; ++g) {
+    const bool raw = scratch.key_source[g] == nullptr;
+    float* scores = scratch.scores + row * kBlockKeys + g * kGroupKeys;
+    alignas(64) float bias[kGroupKeys] = {};
+    if (raw && modifiers.key_bias.data != nullptr) {
+      for (int lane = 0; lane < kGroupKeys; ++lane) {
+        const bool present = (scratch.groups[g].lanes >> lane & 1U) != 0;
+        bias[lane] = present ? call.key_bias(job.sequence, head, scratch.keys[g * kGroupKeys + lane]) : 0.0F;
+      }
+    }
+    for (int lane = 0; lane < kGroupKeys; lane += kLanes) {
+      Vec s = mul(load(scores + lane), set1(rule.to_natural));
+      if (modifiers.softcap != 0) s = mul(tanh(mul(s, set1(1 / modifiers.softcap))), set1(modifiers.softcap));
+      if (raw) {
+        const Vec keys = to_float(load_int(scratch.keys + g * kGroupKeys + lane));
+        s = fma(set1(slope), sub(keys, set1(position)), s);
+        s = add(s, load(bias + lane));
+      } else {
+        s = add(s, load(scratch.key_log_weight + g * kGroupKeys + lane));
+      }
+      store(scores + lane, s);
+    }
+  }
+}
+
+inline void store_probabilities(float* row, std::int64_t column, Vec p, FloatProduct /*unused*/) {
+  store(row + column, p);
+}
+
+#if defined(TESSERA_LEVEL_BF16)
+inline void store_probabilities(float* row, std::int64_t column, Vec p, PairProduct /*unused*/) {
+  auto* half = reinterpret_cast<std::uint16_t*>(row) + column;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(half), std::bit_cast<__m256i>(_mm512_cvtneps_pbh(p)));
+}
+#endif
+
+/// Online softmax of one row over `count` columns: raises the maximum, rescales what was gathered, turns scores into
+/// probabilities in place.
+template <class Product>
+inline void softmax_row(const ScoreRule& rule, const TileShape& shape, TileScratch& scratch, std::int64_t row,
+                        std::int64_t count) {
+  float* scores = scratch.scores + row * kBlockKeys;
+  Vec highest = set1(kMinusInfinity);
+  for (std::int64_t c = 0; c < count; c += kLanes) highest = at_least(load(scores + c), highest);
+  const float raised = reduce_max(highest);
+  const float before = scratch.maximum[row];
+  if (raised > before) {
+    scratch.maximum[row] = raised;
+    if (before != kMinusInfinity) {
+      const float factor = std::exp2((before - raised) * rule.to_log2);
+      scratch.sum[row] *= factor;
+      float* output = scratch.output_rows[row];
+      const Vec scale = set1(factor);
+      for (std::int64_t c = 0; c < shape.value_columns; c += kLanes) store(output + c, mul(load(output + c), scale));
+    }
+  }
+  const float maximum = scratch.maximum[row];
+  // A row without any allowed key so far keeps maximum -inf; subtracting 0 makes its exponents -inf, not NaN.
+  const Vec shift = set1(maximum == kMinusInfinity ? 0.0F : -maximum * rule.to_log2);
+  const Vec factor = set1(rule.to_log2);
+  Vec sum = zero();
+  for (std::int64_t c = 0; c < count; c += kLanes) {
+    const Vec p = exp2(fma(load(scores + c), factor, shift));
+    sum = add(sum, p);
+    store_probabilities(scores, c, p, Product{});
+  }
+  scratch.sum[row] += reduce_add(sum);
+}
+
+inline float probability(const float* row, std::int64_t column, FloatProduct /*unused*/) {
+  return row[column];
+}
+#if defined(TESSERA_LEVEL_BF16)
+inline float probability(const float* row, std::int64_t column, PairProduct /*unused*/) {
+  const std::uint32_t bits = reinterpret_cast<const std::uint16_t*>(row)[column];
+  return std::bit_cast<float>(bits << 16);
+}
+#endif
+
+/// Groups whose values hold NaN or Inf: rows that give them no weight must not see them (0 * NaN is NaN).
+template <class Product>
+inline void add_slow_values(const TileShape& shape, const PackedSource* sources, const TileScratch& scratch,
+                            std::int64_t rows) {
+  for (std::int32_t g = 0; g < scratch.group_count; ++g) {
+    if (!scratch.groups[g].slow_value) continue;
+    const PackedSource& source = scratch.key_source[g] == nullptr ? sources[0] : *scratch.key_source[g];
+    for (std::int64_t row = 0; row < rows; ++row) {
+      for (int lane = 0; lane < kGroupKeys; ++lane) {
+        const float p = probability(scratch.scores + row * kBlockKeys, g * kGroupKeys + lane, Product{});
+        if (p == 0 || (scratch.groups[g].lanes >> lane & 1U) == 0) continue;
+        const std::byte* v = source.v.row(scratch.keys[g * kGroupKeys + lane]);
+        for (std::int64_t c = 0; c < shape.value_dim; ++c) {
+          scratch.output_rows[row][c] += p * load_as_float(v, shape.dtype, c);
+        }
+      }
+    }
+  }
+}
+
+/// Scores of `rows` rows from `first` on, for the groups that reach any of their positions.
+template <class Product>
+inline void block_scores(const TileShape& shape, TileScratch& scratch, std::int64_t rows) {
+  for (std::int32_t g = 0; g < scratch.group_count; g += kRegisterPanels) {
+    const std::int32_t panels = std::min<std::int32_t>(kRegisterPanels, scratch.group_count - g);
+    const std::uint32_t* k[kRegisterPanels];
+    for (std::int32_t p = 0; p < panels; ++p) k[p] = scratch.groups[g + p].k;
+    for (std::int64_t first = 0, count = 0; first < rows; first += count) {
+      count = register_rows(rows - first);
+      bool reached = !scratch.any_masked;
+      for (std::int32_t p = 0; p < panels && !reached; ++p) {
+        const KeyGroup& group = scratch.groups[g + p];
+        for (std::int64_t r = first; r < first + count && !reached; ++r) {
+          reached = !group.masked || group_reaches(group, scratch.position[r], scratch.position[r]);
+        }
+      }
+      if (!reached) continue;  // mask_group writes -inf over whatever is there
+      float* scores = scratch.scores + first * kBlockKeys + g * kGroupKeys;
+      with_count<kRegisterRows>(count, [&](auto row_count) {
+        with_count<kRegisterPanels>(panels, [&](auto panel_count) {
+          score_rows<Product, row_count(), panel_count()>(scratch.q_rows + first, k, shape.compute_words, scores);
+        });
+      });
+    }
+  }
+}
+
+/// Output product over the groups that reach any of the rows.
+template <class Product>
+inline void block_output(const TileShape& shape, TileScratch& scratch, std::int64_t rows) {
+  const std::int64_t slabs = shape.value_columns / 16;
+  for (std::int64_t slab = 0; slab < slabs; slab += kRegisterPanels) {
+    const std::int64_t panels = std::min<std::int64_t>(kRegisterPanels, slabs - slab);
+    ValueGroups groups;
+    for (std::int64_t first = 0, count = 0; first < rows; first += count) {
+      count = register_rows(rows - first);
+      if (first == 0 || scratch.any_masked) {
+        groups.count = 0;
+        for (std::int32_t g = 0; g < scratch.group_count; ++g) {
+          const KeyGroup& group = scratch.groups[g];
+          bool reached = !group.masked;
+          for (std::int64_t r = first; r < first + count && !reached; ++r) {
+            reached = group_reaches(group, scratch.position[r], scratch.position[r]);
+          }
+          if (!reached || group.slow_value) continue;
+          groups.panels[groups.count] = group.v;
+          groups.column[groups.count] = static_cast<std::int32_t>(g * kGroupKeys);
+          ++groups.count;
+        }
+      }
+      with_count<kRegisterRows>(count, [&](auto row_count) {
+        with_count<kRegisterPanels>(panels, [&](auto panel_count) {
+          output_rows<Product, row_count(), panel_count()>(scratch.scores + first * kBlockKeys, groups, slab,
+                                                           scratch.output_rows + first);
+        });
+      });
+    }
+  }
+}
+
+/// The whole block for `rows` rows of the scratch; clears the list of groups.
+template <class Product>
+void process_block(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
+                   const PackedSource* sources, TileScratch& scratch, std::int64_t rows) {
+  if (scratch.group_count == 0) return;
+  const std::int64_t columns = scratch.group_count * kGroupKeys;
+  bool slow = false;
+  for (std::int32_t g = 0; g < scratch.group_count; ++g) slow = slow || scratch.groups[g].slow_value;
+  block_scores<Product>(shape, scratch, rows);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    if (rule.modified) modify_row(call, rule, job, scratch, row);
+    if (scratch.any_masked) {
+      for (std::int32_t g = 0; g < scratch.group_count; ++g) {
+        if (scratch.groups[g].masked) mask_group(scratch, scratch.groups[g], g, row);
+      }
+    }
+    softmax_row<Product>(rule, shape, scratch, row, columns);
+  }
+  block_output<Product>(shape, scratch, rows);
+  if (slow) add_slow_values<Product>(shape, sources, scratch, rows);
+}
+
+/// Calls body with the product of this call.
+template <class Body>
+inline void with_product(const TileShape& shape, const Body& body) {
+#if defined(TESSERA_LEVEL_BF16)
+  if (shape.pair_product) {
+    body(PairProduct{});
+    return;
+  }
+#endif
+  (void)shape;
+  body(FloatProduct{});
+}

@@ -1,0 +1,19 @@
+// What the kernel text uses from outside, included before its namespace opens.
+#pragma once
+
+#if defined(TESSERA_EMULATE_AVX512)
+#include "support/emulate_avx512.h"
+#elif defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <bit>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "kernels/cpu/tile.h"

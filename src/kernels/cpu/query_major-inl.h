@@ -1,0 +1,112 @@
+// Query-major: one tile of query rows walks the keys of its plan row. Included once per level.
+
+/// One query row as the product reads it: floats times the scale, or bf16 words.
+inline void stage_query(const TileShape& shape, const ScoreRule& rule, const std::byte* row, DType dtype,
+                        std::int64_t q_stride, std::uint32_t* out) {
+  if (!shape.pair_product) {
+    auto* floats = reinterpret_cast<float*>(out);
+    const std::int64_t whole = shape.head_dim / kLanes * kLanes;
+    with_dtype(dtype, [&](auto type) {
+      for (std::int64_t d = 0; d < whole; d += kLanes) {
+        store(floats + d, mul(load_storage<decltype(type)::value>(row, d), set1(rule.query_factor)));
+      }
+    });
+    for (std::int64_t d = whole; d < q_stride; ++d) {
+      floats[d] = d < shape.head_dim ? load_as_float(row, dtype, d) * rule.query_factor : 0.0F;
+    }
+    return;
+  }
+  auto* half = reinterpret_cast<std::uint16_t*>(out);
+  for (std::int64_t d = 0; d < 2 * q_stride; ++d) {
+    half[d] = d < shape.head_dim ? float_to_bf16(load_as_float(row, dtype, d) * rule.query_factor) : std::uint16_t{0};
+  }
+}
+
+/// Writes a finished row: output / sum and log-sum-exp, with the sink logit in the denominator.
+inline void finish_row(const Call& call, const TileShape& shape, const ScoreRule& rule, std::int64_t sequence,
+                       std::int64_t head, std::int64_t query, float maximum, float sum, float* output) {
+  constexpr float ln2 = 0.69314718056F;
+  const AttentionOutputs& outputs = call.outputs;
+  std::byte* row = call.query_row(outputs.o, sequence, head, query);
+  float lse = kMinusInfinity;
+  float inverse = 0;
+  if (sum != 0) {
+    lse = maximum * rule.to_log2 * ln2 + std::log(sum);
+    inverse = 1 / sum;
+    if (!call.inputs.modifiers.sink_logits.empty()) {
+      const float sink = call.inputs.modifiers.sink_logits.data()[head];
+      const float highest = std::max(lse, sink);
+      const float joint = highest + std::log(std::exp(lse - highest) + std::exp(sink - highest));
+      inverse *= std::exp(lse - joint);
+      lse = joint;
+    }
+  }
+  if (!outputs.lse.empty()) outputs.lse.data()[call.lse_index(sequence, head, query)] = lse;
+  const std::int64_t whole = shape.value_dim / kLanes * kLanes;
+  for (std::int64_t c = 0; c < whole; c += kLanes) {
+    const Vec value = mul(load(output + c), set1(inverse));
+    if (outputs.o.dtype == DType::f32) {
+      store(reinterpret_cast<float*>(row) + c, value);
+    } else if (outputs.o.dtype == DType::bf16) {
+      store_bf16(reinterpret_cast<std::uint16_t*>(row) + c, value);
+    } else {
+      store_f16(reinterpret_cast<std::uint16_t*>(row) + c, value);
+    }
+  }
+  for (std::int64_t c = whole; c < shape.value_dim; ++c) store_from_float(row, outputs.o.dtype, c, output[c] * inverse);
+}
+
+/// Sets the per-row fields of the scratch and stages the queries of rows [first, first + rows) of a job.
+inline void stage_rows(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
+                       std::int64_t first, std::int64_t rows, TileScratch& scratch) {
+  const Plan& plan = call.plan;
+  const auto& orders = plan.query_order;
+  const std::int32_t* order =
+      orders.empty() || orders.data()[job.block].empty() ? nullptr : orders.data()[job.block].data();
+  const std::int64_t offset = call.problem().q_offset_of(job.sequence);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::int64_t head = job.first_head + (first + r) / job.places;
+    const std::int64_t place = job.first_place + (first + r) % job.places;
+    const std::int64_t query = order != nullptr ? order[place] : place;
+    scratch.position[r] = static_cast<std::int32_t>(offset + query);
+    scratch.head[r] = static_cast<std::int32_t>(head);
+    scratch.row_in_tile[r] = static_cast<std::int32_t>(place % plan.tile_q);
+    scratch.q_rows[r] = scratch.q + r * scratch.q_stride;
+    scratch.output_rows[r] = scratch.output + r * shape.value_columns;
+    scratch.maximum[r] = kMinusInfinity;
+    scratch.sum[r] = 0;
+    stage_query(shape, rule, call.query_row(call.inputs.q, job.sequence, head, query), call.inputs.q.dtype,
+                scratch.q_stride, scratch.q + r * scratch.q_stride);
+  }
+  std::memset(scratch.output, 0, static_cast<std::size_t>(rows * shape.value_columns) * sizeof(float));
+}
+
+inline std::int64_t query_of_row(const Call& call, const TileJob& job, std::int64_t row) {
+  const std::int64_t place = job.first_place + row % job.places;
+  const auto& orders = call.plan.query_order;
+  return orders.empty() || orders.data()[job.block].empty() ? place : orders.data()[job.block].data()[place];
+}
+
+void attend_tile(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
+                 const PackedSource* sources, TileScratch& scratch) {
+  with_product(shape, [&](auto product) {
+    for (std::int64_t first = 0; first < job.rows(); first += kTileRows) {
+      const std::int64_t rows = std::min(kTileRows, job.rows() - first);
+      stage_rows(call, shape, rule, job, first, rows, scratch);
+      const auto flush = [&] { process_block<decltype(product)>(call, shape, rule, job, sources, scratch, rows); };
+      GroupCollector<decltype(flush)> groups(call, shape, job.block, sources, scratch, flush);
+      groups.set_positions(*std::min_element(scratch.position, scratch.position + rows),
+                           *std::max_element(scratch.position, scratch.position + rows));
+      const std::int64_t end = call.plan.entry_begin.data()[job.plan_row + 1];
+      for (std::int64_t e = call.plan.entry_begin.data()[job.plan_row]; e < end; ++e) {
+        const PlanEntry& entry = call.plan.entries.data()[e];
+        groups.add(entry, 0, call.plan.keys_of(entry, job.block).count);
+      }
+      groups.finish();
+      for (std::int64_t r = 0; r < rows; ++r) {
+        finish_row(call, shape, rule, job.sequence, scratch.head[r], query_of_row(call, job, first + r),
+                   scratch.maximum[r], scratch.sum[r], scratch.output_rows[r]);
+      }
+    }
+  });
+}

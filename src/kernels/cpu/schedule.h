@@ -1,0 +1,60 @@
+// Parts of scheduling that the three kernels share.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "kernels/cpu/aligned_buffer.h"
+#include "kernels/cpu/tile.h"
+
+namespace tessera::kernels {
+
+/// Pairs of bf16 are multiplied directly when the machine can and all inputs are bf16.
+inline TileShape shape_of_call(const Call& call, const LevelKernels& level, bool pairs_allowed) {
+  const bool pairs =
+      pairs_allowed && level.pairs_bf16 && call.inputs.q.dtype == DType::bf16 && call.inputs.k.dtype == DType::bf16;
+  return tile_shape_of(call.problem(), call.inputs.k.dtype, pairs);
+}
+
+/// Where the scale goes. Float products take it into the query. Pair products keep bf16 queries exact and take only
+/// the sign there, since the row maximum is found on raw products and needs a positive factor after it.
+inline ScoreRule score_rule_of(const Call& call, const TileShape& shape) {
+  constexpr float log2e = 1.4426950409F;
+  bool derived_weights = false;
+  for (const KeySource& source : call.inputs.sources) derived_weights = derived_weights || !source.log_weight.empty();
+  const float scale = call.problem().softmax_scale();
+  ScoreRule rule{};
+  rule.modified = call.inputs.modifiers.changes_scores() || derived_weights;
+  const bool into_query = !shape.pair_product || scale == 0;
+  rule.query_factor = into_query ? scale : std::copysign(1.0F, scale);
+  rule.to_natural = into_query ? 1.0F : std::fabs(scale);
+  rule.to_log2 = rule.modified ? log2e : rule.to_natural * log2e;
+  return rule;
+}
+
+/// One scratch per thread.
+class ThreadScratch {
+ public:
+  ThreadScratch(const TileShape& shape, int threads, bool with_queries)
+      : bytes_each_(scratch_bytes(shape, with_queries)),
+        memory_(bytes_each_ * static_cast<std::size_t>(threads)),
+        scratch_(static_cast<std::size_t>(threads)) {
+    for (std::size_t t = 0; t < scratch_.size(); ++t) {
+      place_scratch(shape, with_queries, memory_.data() + t * bytes_each_, scratch_[t]);
+    }
+  }
+  TileScratch& of(int thread) { return scratch_[static_cast<std::size_t>(thread)]; }
+  std::size_t bytes() const { return scratch_.size() * (bytes_each_ + sizeof(TileScratch)); }
+
+ private:
+  std::size_t bytes_each_;
+  AlignedBuffer memory_;
+  std::vector<TileScratch> scratch_;
+};
+
+/// Query heads that share a plan row and a kv head.
+inline std::int64_t heads_per_row(const Plan& plan) {
+  return plan.plan_heads == plan.problem.q_heads ? 1 : plan.problem.group();
+}
+
+}  // namespace tessera::kernels

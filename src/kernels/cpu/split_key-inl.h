@@ -1,0 +1,331 @@
+// Split-key: decode. Few query rows against many keys, so keys and values are read once, straight from where they lie,
+// with the rows of a GQA group sharing every load. Included once per level.
+
+constexpr std::int64_t kDecodeKeys = 64;  // keys of a block: their rows stay in L1 between scores and output
+constexpr int kDecodeRows = 4;
+
+/// The keys of one decode block.
+struct DecodeBlock {
+  const std::byte* k[kDecodeKeys];
+  const std::byte* v[kDecodeKeys];
+  std::int64_t count = 0;
+  std::int64_t next_keys = 0;  ///< bytes from a key row to the row one block later, where keys are contiguous
+};
+
+/// Numbers per step: rows are read two vectors at a time.
+constexpr std::int64_t kPair = 2 * kLanes;
+
+/// scores[r][key] for `rows` rows and all keys of the block; q_rows are in the order of load_storage_pair. While it
+/// computes, it asks for the values of the same keys and for the keys of the next block.
+template <DType dtype, int rows>
+inline void decode_scores(const TileShape& shape, const std::uint32_t* const* q_rows, const DecodeBlock& block,
+                          float* scores) {
+  const std::int64_t whole = shape.head_dim / kPair * kPair;
+  const auto line_numbers = static_cast<std::int64_t>(64 / size_of(dtype));
+  for (std::int64_t key = 0; key < block.count; key += 2) {
+    const std::byte* k0 = block.k[key];
+    const std::byte* k1 = block.k[std::min(key + 1, block.count - 1)];
+    for (std::int64_t line = 0; line < shape.head_dim; line += line_numbers) {
+      __builtin_prefetch(k0 + block.next_keys + line / line_numbers * 64);
+      __builtin_prefetch(k1 + block.next_keys + line / line_numbers * 64);
+    }
+    for (std::int64_t line = 0; line < shape.value_dim; line += line_numbers) {
+      __builtin_prefetch(block.v[key] + line / line_numbers * 64);
+      __builtin_prefetch(block.v[std::min(key + 1, block.count - 1)] + line / line_numbers * 64);
+    }
+    Vec acc0[4];
+    Vec acc1[4];
+    for (int r = 0; r < 4; ++r) acc0[r] = acc1[r] = zero();
+    for (std::int64_t d = 0; d < whole; d += kPair) {
+      Vec x0[2];
+      Vec x1[2];
+      load_storage_pair<dtype>(k0, d, x0[0], x0[1]);
+      load_storage_pair<dtype>(k1, d, x1[0], x1[1]);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        const float* q = reinterpret_cast<const float*>(q_rows[r]) + d;
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const Vec factor = load(q + half * kLanes);
+          acc0[r] = fma(factor, x0[half], acc0[r]);
+          acc1[r] = fma(factor, x1[half], acc1[r]);
+        }
+      }
+    }
+    float dot0[4];
+    float dot1[4];
+    reduce_add4(acc0, dot0);
+    reduce_add4(acc1, dot1);
+    for (std::int64_t d = whole; d < shape.head_dim; ++d) {
+      for (int r = 0; r < rows; ++r) {
+        const float q = reinterpret_cast<const float*>(q_rows[r])[d];
+        dot0[r] += q * load_as_float(k0, dtype, d);
+        dot1[r] += q * load_as_float(k1, dtype, d);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      scores[r * kBlockKeys + key] = dot0[r];
+      scores[r * kBlockKeys + key + 1] = dot1[r];
+    }
+  }
+}
+
+/// output[r] += probabilities[r] . values; output columns are in the order of load_storage_pair.
+template <DType dtype, int rows>
+inline void decode_output(const TileShape& shape, const DecodeBlock& block, const float* probabilities,
+                          float* const* output) {
+  const std::int64_t whole = shape.value_dim / kPair * kPair;
+  for (std::int64_t c = 0; c < whole; c += kPair) {
+    Vec acc[rows][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      acc[r][0] = load(output[r] + c);
+      acc[r][1] = load(output[r] + c + kLanes);
+    }
+    for (std::int64_t key = 0; key < block.count; ++key) {
+      Vec v[2];
+      load_storage_pair<dtype>(block.v[key], c, v[0], v[1]);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        const Vec p = set1(probabilities[r * kBlockKeys + key]);
+        acc[r][0] = fma(p, v[0], acc[r][0]);
+        acc[r][1] = fma(p, v[1], acc[r][1]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      store(output[r] + c, acc[r][0]);
+      store(output[r] + c + kLanes, acc[r][1]);
+    }
+  }
+  for (std::int64_t c = whole; c < shape.value_dim; ++c) {
+    for (int r = 0; r < rows; ++r) {
+      for (std::int64_t key = 0; key < block.count; ++key) {
+        output[r][c] += probabilities[r * kBlockKeys + key] * load_as_float(block.v[key], dtype, c);
+      }
+    }
+  }
+}
+
+/// Numbers of a row of `count`, into the order of load_storage_pair or back.
+inline void reorder_pairs(DType dtype, std::int64_t count, bool back, float* row) {
+  float natural[kPair];
+  for (std::int64_t begin = 0; begin + kPair <= count; begin += kPair) {
+    std::memcpy(natural, row + begin, sizeof natural);
+    for (std::int64_t i = 0; i < kPair; ++i) {
+      const std::int64_t place = paired_place(dtype, i);
+      row[begin + (back ? i : place)] = natural[back ? place : i];
+    }
+  }
+}
+
+/// A masked pair has probability 0; its value must not be read, for it may be NaN.
+inline void decode_output_slow(const TileShape& shape, const DecodeBlock& block, const TileScratch& scratch,
+                               std::int64_t rows) {
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t key = 0; key < block.count; ++key) {
+      const float p = scratch.scores[row * kBlockKeys + key];
+      if (p == 0) continue;
+      const std::int64_t whole = shape.value_dim / kPair * kPair;
+      for (std::int64_t c = 0; c < shape.value_dim; ++c) {
+        const std::int64_t place = c < whole ? c / kPair * kPair + paired_place(shape.dtype, c % kPair) : c;
+        scratch.output_rows[row][place] += p * load_as_float(block.v[key], shape.dtype, c);
+      }
+    }
+  }
+}
+
+inline bool any_value_nonfinite(const TileShape& shape, const DecodeBlock& block) {
+  for (std::int64_t key = 0; key < block.count; ++key) {
+    for (std::int64_t c = 0; c < shape.value_dim; ++c) {
+      const float x = load_as_float(block.v[key], shape.dtype, c);
+      if (x - x != 0) return true;
+    }
+  }
+  return false;
+}
+
+inline void process_decode_block(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
+                                 TileScratch& scratch, DecodeBlock& block, std::int64_t rows) {
+  if (block.count == 0) return;
+  with_dtype(shape.dtype, [&](auto dtype) {
+    for (std::int64_t first = 0; first < rows; first += kDecodeRows) {
+      with_count<kDecodeRows>(std::min<std::int64_t>(kDecodeRows, rows - first), [&](auto count) {
+        decode_scores<decltype(dtype)::value, count()>(shape, scratch.q_rows + first, block,
+                                                       scratch.scores + first * kBlockKeys);
+      });
+    }
+  });
+  const std::int64_t columns = (block.count + kLanes - 1) / kLanes * kLanes;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    if (rule.modified) modify_row(call, rule, job, scratch, row);
+    if (scratch.any_masked) {
+      for (std::int32_t g = 0; g < scratch.group_count; ++g) {
+        if (scratch.groups[g].masked) mask_group(scratch, scratch.groups[g], g, row);
+      }
+    }
+    for (std::int64_t c = block.count; c < columns; ++c) scratch.scores[row * kBlockKeys + c] = kMinusInfinity;
+    softmax_row<FloatProduct>(rule, shape, scratch, row, columns);
+  }
+  if (scratch.any_masked && any_value_nonfinite(shape, block)) {
+    decode_output_slow(shape, block, scratch, rows);
+  } else {
+    with_dtype(shape.dtype, [&](auto dtype) {
+      for (std::int64_t first = 0; first < rows; first += kDecodeRows) {
+        with_count<kDecodeRows>(std::min<std::int64_t>(kDecodeRows, rows - first), [&](auto count) {
+          decode_output<decltype(dtype)::value, count()>(shape, block, scratch.scores + first * kBlockKeys,
+                                                         scratch.output_rows + first);
+        });
+      }
+    });
+  }
+  block.count = 0;
+  scratch.group_count = 0;
+  scratch.any_masked = false;
+}
+
+/// Adds up to 16 keys of an entry to the block as one group; the caller starts every group on a multiple of 16.
+inline void add_decode_group(const Call& call, const TileJob& job, const PlanEntry& entry, const PackedSource& source,
+                             std::int64_t first, std::int64_t count, std::int32_t lowest, std::int32_t highest,
+                             TileScratch& scratch, DecodeBlock& block) {
+  const Plan& plan = call.plan;
+  const Plan::KeyRange range = plan.keys_of(entry, job.block);
+  const std::int32_t* list = entry.kind == EntryKind::gather ? plan.tokens.data() + range.begin : nullptr;
+  const std::int32_t* order = nullptr;
+  if (entry.source == 0 && !plan.key_order.empty() && !plan.key_order.data()[job.block].empty()) {
+    order = plan.key_order.data()[job.block].data();
+  }
+  const bool scattered = list != nullptr || order != nullptr;
+  const std::int32_t g = scratch.group_count;
+  KeyGroup& group = scratch.groups[g];
+  std::int32_t* keys = scratch.keys + g * kGroupKeys;
+  group.first_key = INT32_MAX;
+  group.last_key = INT32_MIN;
+  std::int64_t contiguous = 0;
+  block.next_keys = scattered ? 0 : kDecodeKeys * source.k.row_bytes;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t place_of_key = list != nullptr ? list[first + i] : range.begin + first + i;
+    const std::int64_t key = order != nullptr ? order[place_of_key] : place_of_key;
+    keys[i] = static_cast<std::int32_t>(key);
+    group.first_key = std::min(group.first_key, keys[i]);
+    group.last_key = std::max(group.last_key, keys[i]);
+    const std::int64_t place = block.count + i;
+    if (contiguous == 0) {
+      block.k[place] = source.k.row(key);
+      block.v[place] = source.v.row(key);
+      contiguous = scattered ? 0 : source.k.contiguous_from(key, count - i) - 1;
+    } else {
+      block.k[place] = block.k[place - 1] + source.k.row_bytes;
+      block.v[place] = block.v[place - 1] + source.v.row_bytes;
+      --contiguous;
+    }
+  }
+  for (std::int64_t i = count; i < kGroupKeys; ++i) keys[i] = keys[0];
+  group.lanes = 0xffffU >> (kGroupKeys - count);
+  group.left = group.right = INT32_MAX;
+  group.bits = nullptr;
+  group.slow_value = false;
+  if (entry.mask == EntryMask::band) {
+    const Window& band = plan.bands.data()[entry.mask_index];
+    if (band.left >= 0) group.left = static_cast<std::int32_t>(std::min<std::int64_t>(band.left, INT32_MAX));
+    if (band.right >= 0) group.right = static_cast<std::int32_t>(std::min<std::int64_t>(band.right, INT32_MAX));
+  } else if (entry.mask == EntryMask::bitmask) {
+    group.bits = plan.mask_words.data() + entry.mask_index;
+    group.bit_words = (range.count + 63) / 64;
+    group.first_bit = first;
+  }
+  const bool inside = group.last_key <= static_cast<std::int64_t>(lowest) + group.right &&
+                      group.first_key >= static_cast<std::int64_t>(highest) - group.left;
+  group.masked = group.bits != nullptr || !inside || count != kGroupKeys;
+  scratch.any_masked = scratch.any_masked || group.bits != nullptr || !inside;
+  scratch.key_source[g] = entry.source == 0 ? nullptr : &source;
+  for (std::int64_t i = 0; entry.source != 0 && i < kGroupKeys; ++i) {
+    const bool present = i < count && source.log_weight != nullptr;
+    scratch.key_log_weight[g * kGroupKeys + i] = present ? source.log_weight[keys[i]] : 0.0F;
+  }
+  ++scratch.group_count;
+  block.count += count;
+}
+
+/// Asks for gathered rows ahead of their use.
+inline void prefetch_listed(const TileShape& shape, const PackedSource& source, const std::int32_t* list,
+                            std::int64_t from, std::int64_t to) {
+  const auto element = static_cast<std::int64_t>(size_of(shape.dtype));
+  for (std::int64_t i = from; i < to; ++i) {
+    const std::byte* k = source.k.row(list[i]);
+    const std::byte* v = source.v.row(list[i]);
+    for (std::int64_t line = 0; line < shape.head_dim * element; line += 64) __builtin_prefetch(k + line);
+    for (std::int64_t line = 0; line < shape.value_dim * element; line += 64) __builtin_prefetch(v + line);
+  }
+}
+
+void attend_piece(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
+                  const SplitPiece& piece, const PackedSource* sources, TileScratch& scratch, float* maximum,
+                  float* sum, float* output) {
+  const Plan& plan = call.plan;
+  const std::int64_t rows = job.rows();
+  stage_rows(call, shape, rule, job, 0, rows, scratch);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    reorder_pairs(shape.dtype, shape.head_dim, false, reinterpret_cast<float*>(scratch.q + r * scratch.q_stride));
+  }
+  const std::int32_t lowest = *std::min_element(scratch.position, scratch.position + rows);
+  const std::int32_t highest = *std::max_element(scratch.position, scratch.position + rows);
+  DecodeBlock block;
+  scratch.group_count = 0;
+  scratch.any_masked = false;
+  std::int64_t remaining = piece.keys;
+  std::int64_t offset = piece.offset;
+  for (std::int64_t e = piece.first_entry; remaining > 0; ++e) {
+    const PlanEntry& entry = plan.entries.data()[e];
+    const std::int64_t end = std::min(plan.keys_of(entry, job.block).count, offset + remaining);
+    const PackedSource& source = sources[entry.source];
+    while (offset < end) {
+      // Groups start on multiples of 16 columns: a short group closes the block.
+      const std::int64_t count = std::min(kGroupKeys, end - offset);
+      if (entry.kind == EntryKind::gather) {
+        const std::int32_t* list = plan.tokens.data() + entry.begin;
+        prefetch_listed(shape, source, list, std::min(offset + 2 * kGroupKeys, end),
+                        std::min(offset + 3 * kGroupKeys, end));
+      }
+      add_decode_group(call, job, entry, source, offset, count, lowest, highest, scratch, block);
+      offset += count;
+      remaining -= count;
+      if (block.count == kDecodeKeys || count != kGroupKeys) {
+        process_decode_block(call, shape, rule, job, scratch, block, rows);
+      }
+    }
+    offset = 0;
+  }
+  process_decode_block(call, shape, rule, job, scratch, block, rows);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    reorder_pairs(shape.dtype, shape.value_dim, true, scratch.output + r * shape.value_columns);
+  }
+  std::memcpy(maximum, scratch.maximum, static_cast<std::size_t>(rows) * sizeof(float));
+  std::memcpy(sum, scratch.sum, static_cast<std::size_t>(rows) * sizeof(float));
+  std::memcpy(output, scratch.output, static_cast<std::size_t>(rows * shape.value_columns) * sizeof(float));
+}
+
+void merge_pieces(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
+                  std::int64_t pieces, const float* maximum, const float* sum, float* output) {
+  const std::int64_t rows = job.rows();
+  for (std::int64_t r = 0; r < rows; ++r) {
+    float highest = kMinusInfinity;
+    for (std::int64_t p = 0; p < pieces; ++p) highest = std::max(highest, maximum[p * rows + r]);
+    float total = 0;
+    float* joined = output + r * shape.value_columns;  // piece 0
+    for (std::int64_t p = 0; p < pieces; ++p) {
+      const float own = maximum[p * rows + r];
+      // A piece without allowed keys weighs nothing; its sum is 0 unless it holds NaN, which must survive.
+      const float factor = own == kMinusInfinity ? 1.0F : std::exp2((own - highest) * rule.to_log2);
+      total += sum[p * rows + r] * factor;
+      const float* part = output + (p * rows + r) * shape.value_columns;
+      for (std::int64_t c = 0; c < shape.value_columns; c += kLanes) {
+        const Vec scaled = mul(load(part + c), set1(factor));
+        store(joined + c, p == 0 ? scaled : add(load(joined + c), scaled));
+      }
+    }
+    finish_row(call, shape, rule, job.sequence, job.first_head + r / job.places, query_of_row(call, job, r), highest,
+               total, joined);
+  }
+}

@@ -1,0 +1,439 @@
+// The vector vocabulary of the kernel text, one implementation per instruction set. Included once per level_<isa>.cpp,
+// inside its anonymous namespace; TESSERA_LEVEL_AVX512 / TESSERA_LEVEL_AVX2 choose, neither means portable.
+//
+// A "word" is 32 bits: one float, or two 16-bit numbers that lie next to each other.
+
+#if defined(TESSERA_LEVEL_AVX512)
+
+constexpr int kLanes = 16;
+using Vec = __m512;
+using IntVec = __m512i;
+using Mask = __mmask16;
+
+inline Vec zero() {
+  return _mm512_setzero_ps();
+}
+inline Vec set1(float x) {
+  return _mm512_set1_ps(x);
+}
+inline Vec load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+inline void store(float* p, Vec x) {
+  _mm512_storeu_ps(p, x);
+}
+inline Vec load_words(const std::uint32_t* p) {
+  return _mm512_castsi512_ps(_mm512_loadu_si512(p));
+}
+inline Vec broadcast_word(const std::uint32_t* p) {
+  return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*p)));
+}
+inline Vec add(Vec a, Vec b) {
+  return _mm512_add_ps(a, b);
+}
+inline Vec sub(Vec a, Vec b) {
+  return _mm512_sub_ps(a, b);
+}
+inline Vec mul(Vec a, Vec b) {
+  return _mm512_mul_ps(a, b);
+}
+inline Vec div(Vec a, Vec b) {
+  return _mm512_div_ps(a, b);
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+/// max(limit, x), but NaN when x is NaN.
+inline Vec at_least(Vec limit, Vec x) {
+  return _mm512_max_ps(limit, x);
+}
+inline Vec at_most(Vec limit, Vec x) {
+  return _mm512_min_ps(limit, x);
+}
+/// The float whose bits are those of x shifted left by 23: moves an integer into the exponent.
+inline Vec bits_to_exponent(Vec x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23));
+}
+inline float reduce_max(Vec x) {
+  return _mm512_reduce_max_ps(x);
+}
+inline float reduce_add(Vec x) {
+  return _mm512_reduce_add_ps(x);
+}
+
+/// out[i] = sum of the lanes of x[i].
+inline void reduce_add4(const Vec (&x)[4], float* out) {
+  __m256 h[4];
+  for (int i = 0; i < 4; ++i) h[i] = _mm256_add_ps(_mm512_castps512_ps256(x[i]), _mm512_extractf32x8_ps(x[i], 1));
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(h[0], h[1]), _mm256_unpackhi_ps(h[0], h[1]));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(h[2], h[3]), _mm256_unpackhi_ps(h[2], h[3]));
+  const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+
+inline IntVec set1_int(std::int32_t x) {
+  return _mm512_set1_epi32(x);
+}
+inline IntVec load_int(const std::int32_t* p) {
+  return _mm512_loadu_si512(p);
+}
+inline Vec to_float(IntVec x) {
+  return _mm512_cvtepi32_ps(x);
+}
+inline Mask not_less(IntVec a, IntVec b) {
+  return _mm512_cmpge_epi32_mask(a, b);
+}
+inline Mask both(Mask a, Mask b) {
+  return static_cast<Mask>(a & b);
+}
+inline Mask mask_from_bits(std::uint32_t bits) {
+  return static_cast<Mask>(bits);
+}
+inline Vec select(Mask m, Vec yes, Vec no) {
+  return _mm512_mask_blend_ps(m, no, yes);
+}
+
+inline Vec load_bf16(const std::uint16_t* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+inline Vec load_f16(const std::uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store_f16(std::uint16_t* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store_bf16(std::uint16_t* p, Vec x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i fixed = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), rounded, quiet);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(fixed, 16)));
+}
+/// Words of two bf16 -> the numbers at even and at odd places.
+inline void split_bf16_words(const std::uint32_t* p, Vec& even, Vec& odd) {
+  const __m512i words = _mm512_loadu_si512(p);
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000U))));
+}
+inline void widen_f16_words(const std::uint32_t* p, float* even, float* odd) {
+  const __m512i words = _mm512_loadu_si512(p);
+  store(even, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)));
+  store(odd, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16))));
+}
+
+/// out[w][lane] = rows[lane][w] for 16 rows and 16 words.
+inline void transpose_block(const std::byte* const* rows, std::int64_t byte_offset, std::uint32_t* out) {
+  __m512i r[16];
+  __m512i t[16];
+  for (int x = 0; x < 16; ++x) r[x] = _mm512_loadu_si512(rows[x] + byte_offset);
+  for (int x = 0; x < 16; x += 2) {
+    t[x] = _mm512_unpacklo_epi32(r[x], r[x + 1]);
+    t[x + 1] = _mm512_unpackhi_epi32(r[x], r[x + 1]);
+  }
+  for (int x = 0; x < 16; x += 4) {
+    r[x] = _mm512_unpacklo_epi64(t[x], t[x + 2]);
+    r[x + 1] = _mm512_unpackhi_epi64(t[x], t[x + 2]);
+    r[x + 2] = _mm512_unpacklo_epi64(t[x + 1], t[x + 3]);
+    r[x + 3] = _mm512_unpackhi_epi64(t[x + 1], t[x + 3]);
+  }
+  for (int x = 0; x < 4; ++x) {
+    t[x] = _mm512_shuffle_i32x4(r[x], r[x + 4], 0x88);
+    t[x + 4] = _mm512_shuffle_i32x4(r[x], r[x + 4], 0xdd);
+    t[x + 8] = _mm512_shuffle_i32x4(r[x + 8], r[x + 12], 0x88);
+    t[x + 12] = _mm512_shuffle_i32x4(r[x + 8], r[x + 12], 0xdd);
+  }
+  for (int x = 0; x < 4; ++x) {
+    _mm512_storeu_si512(out + x * 16, _mm512_shuffle_i32x4(t[x], t[x + 8], 0x88));
+    _mm512_storeu_si512(out + (x + 8) * 16, _mm512_shuffle_i32x4(t[x], t[x + 8], 0xdd));
+    _mm512_storeu_si512(out + (x + 4) * 16, _mm512_shuffle_i32x4(t[x + 4], t[x + 12], 0x88));
+    _mm512_storeu_si512(out + (x + 12) * 16, _mm512_shuffle_i32x4(t[x + 4], t[x + 12], 0xdd));
+  }
+}
+constexpr int kTransposeWords = 16;
+
+#elif defined(TESSERA_LEVEL_AVX2)
+
+constexpr int kLanes = 8;
+using Vec = __m256;
+using IntVec = __m256i;
+using Mask = __m256;
+
+inline Vec zero() {
+  return _mm256_setzero_ps();
+}
+inline Vec set1(float x) {
+  return _mm256_set1_ps(x);
+}
+inline Vec load(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+inline void store(float* p, Vec x) {
+  _mm256_storeu_ps(p, x);
+}
+inline Vec load_words(const std::uint32_t* p) {
+  return _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Vec broadcast_word(const std::uint32_t* p) {
+  return _mm256_broadcast_ss(reinterpret_cast<const float*>(p));
+}
+inline Vec add(Vec a, Vec b) {
+  return _mm256_add_ps(a, b);
+}
+inline Vec sub(Vec a, Vec b) {
+  return _mm256_sub_ps(a, b);
+}
+inline Vec mul(Vec a, Vec b) {
+  return _mm256_mul_ps(a, b);
+}
+inline Vec div(Vec a, Vec b) {
+  return _mm256_div_ps(a, b);
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+inline Vec at_least(Vec limit, Vec x) {
+  return _mm256_max_ps(limit, x);
+}
+inline Vec at_most(Vec limit, Vec x) {
+  return _mm256_min_ps(limit, x);
+}
+inline Vec bits_to_exponent(Vec x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
+}
+inline float reduce_max(Vec x) {
+  __m128 h = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
+}
+inline float reduce_add(Vec x) {
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+
+/// out[i] = sum of the lanes of x[i].
+inline void reduce_add4(const Vec (&x)[4], float* out) {
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
+  const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+
+inline IntVec set1_int(std::int32_t x) {
+  return _mm256_set1_epi32(x);
+}
+inline IntVec load_int(const std::int32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline Vec to_float(IntVec x) {
+  return _mm256_cvtepi32_ps(x);
+}
+inline Mask not_less(IntVec a, IntVec b) {
+  return _mm256_castsi256_ps(_mm256_xor_si256(_mm256_cmpgt_epi32(b, a), _mm256_set1_epi32(-1)));
+}
+inline Mask both(Mask a, Mask b) {
+  return _mm256_and_ps(a, b);
+}
+inline Mask mask_from_bits(std::uint32_t bits) {
+  const __m256i select_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i spread = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), select_bit);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(spread, select_bit));
+}
+inline Vec select(Mask m, Vec yes, Vec no) {
+  return _mm256_blendv_ps(no, yes, m);
+}
+
+inline Vec load_bf16(const std::uint16_t* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+inline Vec load_f16(const std::uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store_f16(std::uint16_t* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store_bf16(std::uint16_t* p, Vec x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i fixed = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(fixed, fixed), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline void split_bf16_words(const std::uint32_t* p, Vec& even, Vec& odd) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  even = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+  odd = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000U))));
+}
+inline void widen_f16_words(const std::uint32_t* p, float* even, float* odd) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i low = _mm256_and_si256(words, _mm256_set1_epi32(0xffff));
+  const __m256i high = _mm256_srli_epi32(words, 16);
+  const __m256i both_halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+  store(even, _mm256_cvtph_ps(_mm256_castsi256_si128(both_halves)));
+  store(odd, _mm256_cvtph_ps(_mm256_extracti128_si256(both_halves, 1)));
+}
+
+/// out[w][lane] = rows[lane][w] for 8 words of the 16 rows.
+inline void transpose_block(const std::byte* const* rows, std::int64_t byte_offset, std::uint32_t* out) {
+  for (int half = 0; half < 16; half += 8) {
+    __m256 r[8];
+    __m256 t[8];
+    for (int x = 0; x < 8; ++x) {
+      r[x] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[half + x] + byte_offset));
+    }
+    for (int x = 0; x < 8; x += 2) {
+      t[x] = _mm256_unpacklo_ps(r[x], r[x + 1]);
+      t[x + 1] = _mm256_unpackhi_ps(r[x], r[x + 1]);
+    }
+    for (int x = 0; x < 8; x += 4) {
+      r[x] = _mm256_shuffle_ps(t[x], t[x + 2], 0x44);
+      r[x + 1] = _mm256_shuffle_ps(t[x], t[x + 2], 0xee);
+      r[x + 2] = _mm256_shuffle_ps(t[x + 1], t[x + 3], 0x44);
+      r[x + 3] = _mm256_shuffle_ps(t[x + 1], t[x + 3], 0xee);
+    }
+    for (int x = 0; x < 4; ++x) {
+      store(reinterpret_cast<float*>(out) + x * 16 + half, _mm256_permute2f128_ps(r[x], r[x + 4], 0x20));
+      store(reinterpret_cast<float*>(out) + (x + 4) * 16 + half, _mm256_permute2f128_ps(r[x], r[x + 4], 0x31));
+    }
+  }
+}
+constexpr int kTransposeWords = 8;
+
+#else  // portable: the compiler's vector extension, lowered to whatever the baseline has
+
+constexpr int kLanes = 8;
+using Vec = float __attribute__((vector_size(32)));
+using IntVec = std::int32_t __attribute__((vector_size(32)));
+using Mask = IntVec;
+
+inline Vec set1(float x) {
+  return Vec{x, x, x, x, x, x, x, x};
+}
+inline Vec zero() {
+  return set1(0);
+}
+inline Vec load(const float* p) {
+  Vec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(float* p, Vec x) {
+  std::memcpy(p, &x, sizeof x);
+}
+inline Vec load_words(const std::uint32_t* p) {
+  Vec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline Vec broadcast_word(const std::uint32_t* p) {
+  float x;
+  std::memcpy(&x, p, sizeof x);
+  return set1(x);
+}
+inline Vec add(Vec a, Vec b) {
+  return a + b;
+}
+inline Vec sub(Vec a, Vec b) {
+  return a - b;
+}
+inline Vec mul(Vec a, Vec b) {
+  return a * b;
+}
+inline Vec div(Vec a, Vec b) {
+  return a / b;
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return a * b + c;
+}
+inline Vec select(Mask m, Vec yes, Vec no) {
+  return m ? yes : no;
+}
+inline Vec at_least(Vec limit, Vec x) {
+  return limit > x ? limit : x;
+}
+inline Vec at_most(Vec limit, Vec x) {
+  return limit < x ? limit : x;
+}
+inline Vec bits_to_exponent(Vec x) {
+  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) << 23);
+}
+inline float reduce_max(Vec x) {
+  float best = x[0];
+  for (int i = 1; i < kLanes; ++i) best = best > x[i] ? best : x[i];
+  return best;
+}
+inline float reduce_add(Vec x) {
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+
+/// out[i] = sum of the lanes of x[i].
+inline void reduce_add4(const Vec (&x)[4], float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = reduce_add(x[i]);
+}
+
+inline IntVec set1_int(std::int32_t x) {
+  return IntVec{x, x, x, x, x, x, x, x};
+}
+inline IntVec load_int(const std::int32_t* p) {
+  IntVec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline Vec to_float(IntVec x) {
+  return __builtin_convertvector(x, Vec);
+}
+inline Mask not_less(IntVec a, IntVec b) {
+  return a >= b;
+}
+inline Mask both(Mask a, Mask b) {
+  return a & b;
+}
+inline Mask mask_from_bits(std::uint32_t bits) {
+  const IntVec select_bit{1, 2, 4, 8, 16, 32, 64, 128};
+  return (set1_int(static_cast<std::int32_t>(bits)) & select_bit) == select_bit;
+}
+
+inline Vec load_bf16(const std::uint16_t* p) {
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = bf16_to_float(p[i]);
+  return x;
+}
+inline Vec load_f16(const std::uint16_t* p) {
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = f16_to_float(p[i]);
+  return x;
+}
+inline void store_bf16(std::uint16_t* p, Vec x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = float_to_bf16(x[i]);
+}
+inline void store_f16(std::uint16_t* p, Vec x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = float_to_f16(x[i]);
+}
+inline void split_bf16_words(const std::uint32_t* p, Vec& even, Vec& odd) {
+  const IntVec words = load_int(reinterpret_cast<const std::int32_t*>(p));
+  even = reinterpret_cast<Vec>(words << 16);
+  odd = reinterpret_cast<Vec>(words & set1_int(static_cast<std::int32_t>(0xffff0000U)));
+}
+inline void widen_f16_words(const std::uint32_t* p, float* even, float* odd) {
+  for (int i = 0; i < kLanes; ++i) {
+    even[i] = f16_to_float(static_cast<std::uint16_t>(p[i]));
+    odd[i] = f16_to_float(static_cast<std::uint16_t>(p[i] >> 16));
+  }
+}
+inline void transpose_block(const std::byte* const* rows, std::int64_t byte_offset, std::uint32_t* out) {
+  for (int lane = 0; lane < 16; ++lane) {
+    for (int w = 0; w < 8; ++w) std::memcpy(out + w * 16 + lane, rows[lane] + byte_offset + w * 4, 4);
+  }
+}
+constexpr int kTransposeWords = 8;
+
+#endif
+
+/// Vectors in a row of 16 numbers: keys and value columns are handled 16 at a time on every machine.
+constexpr int kVecsPer16 = 16 / kLanes;

@@ -1,0 +1,66 @@
+#include "kernels/peak.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <chrono>
+#include <vector>
+
+#include "core/parallel.h"
+#include "kernels/cpu/cpu.h"
+
+namespace tessera::kernels {
+
+namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+double measure_peak_gflops(Isa isa, DType compute, int threads) {
+  const LevelKernels& level = level_of(isa);
+  const bool pairs = level.pairs_bf16 && compute == DType::bf16;
+  const int team = thread_count(threads);
+  constexpr int rounds = 7;
+  constexpr std::int64_t iterations = 4'000'000;
+  double best = 0;
+  for (int round = 0; round < rounds; ++round) {
+    std::vector<float> sinks(static_cast<std::size_t>(team));
+    std::vector<double> operations(static_cast<std::size_t>(team));
+    const auto start = std::chrono::steady_clock::now();
+#pragma omp parallel num_threads(team)
+    {
+      const auto t = static_cast<std::size_t>(omp_get_thread_num());
+      operations[t] = level.product_loop(iterations, pairs, &sinks[t]);
+    }
+    double total = 0;
+    for (const double own : operations) total += own;
+    best = std::max(best, total / seconds_since(start) / 1e9);
+  }
+  return best;
+}
+
+double measure_read_bandwidth(int threads) {
+  const LevelKernels& level = level_of(supported_isas().back());
+  const int team = thread_count(threads);
+  constexpr std::int64_t floats = std::int64_t{1} << 27;  // 512 MiB
+  std::vector<float> buffer(static_cast<std::size_t>(floats), 1.0F);
+  constexpr int rounds = 7;
+  double best = 0;
+  for (int round = 0; round < rounds; ++round) {
+    std::vector<float> sinks(static_cast<std::size_t>(team));
+    const auto start = std::chrono::steady_clock::now();
+#pragma omp parallel num_threads(team)
+    {
+      const int t = omp_get_thread_num();
+      const std::int64_t share = floats / team;
+      sinks[static_cast<std::size_t>(t)] = level.read_loop(buffer.data() + share * t, share);
+    }
+    best = std::max(best, static_cast<double>(floats) * sizeof(float) / seconds_since(start) / 1e9);
+  }
+  return best;
+}
+
+}  // namespace tessera::kernels

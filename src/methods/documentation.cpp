@@ -1,0 +1,48 @@
+// The reference of all methods, written from their declarations.
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include "tessera/method.h"
+
+namespace tessera {
+
+namespace {
+
+std::string phases_of(const Phases& phases) {
+  if (phases.prefill && phases.decode) return "prefill, decode";
+  return phases.decode ? "decode" : "prefill";
+}
+
+std::string values_of(const ParameterInfo& parameter) {
+  if (!parameter.choices.empty()) return fmt::format("{}", fmt::join(parameter.choices, ", "));
+  if (parameter.minimum.empty() && parameter.maximum.empty()) return parameter.type == "bool" ? "true, false" : "";
+  return fmt::format("{} to {}", parameter.minimum, parameter.maximum);
+}
+
+}  // namespace
+
+std::string methods_markdown() {
+  std::string text =
+      "# Methods\n\n"
+      "Written by `tessera methods --markdown` from the declarations in `src/methods/`. A method is named as `name`, "
+      "`name:key=value,key=value`, or by a JSON file `{\"method\": name, \"parameters\": {...}}`.\n";
+  std::string_view family;
+  for (const MethodEntry& entry : methods()) {
+    if (entry.info.family != family) {
+      family = entry.info.family;
+      text += fmt::format("\n## Family: {}\n", family);
+    }
+    text += fmt::format("\n### {}\n\n{}.\n\n", entry.info.name, entry.info.summary);
+    if (!entry.info.paper.empty()) text += fmt::format("Source: {}. ", entry.info.paper);
+    text += fmt::format("Phases: {}.\n", phases_of(entry.info.phases));
+    if (entry.parameters.empty()) continue;
+    text += "\n| parameter | type | default | values | meaning |\n|---|---|---|---|---|\n";
+    for (const ParameterInfo& parameter : entry.parameters) {
+      text += fmt::format("| `{}` | {} | {} | {} | {} |\n", parameter.name, parameter.type, parameter.default_value,
+                          values_of(parameter), parameter.description);
+    }
+  }
+  return text;
+}
+
+}  // namespace tessera

@@ -1,0 +1,68 @@
+// Sinks plus a local window, optionally with a dense tail of query rows.
+//
+// StreamingLLM prefill (Efficient Streaming Language Models with Attention Sinks, arXiv:2309.17453) = A-shape of
+// MInference (arXiv:2407.02490): position p sees j <= p with p - j < n_local or j < n_init. Tri-shape (SCBench,
+// arXiv:2412.10319) lets the last n_last query rows see everything. Positions stay those of the model: the slot
+// rotation of StreamingLLM's decode belongs to the cache.
+//
+// Differs from the authors' code: one pass instead of two stages merged by LSE; the window is counted from the key
+// positions, so chunked prefill (fewer queries than keys) and decode see what the whole prompt would see. n_last counts
+// from the end of the queries of the call. Without causality the window is symmetric.
+#include <algorithm>
+
+#include "core/parallel.h"
+#include "methods/registry.h"
+#include "score/a_shape.h"
+
+namespace tessera {
+namespace {
+
+struct Streaming {
+  struct Params {
+    std::int64_t n_init = 128;
+    std::int64_t n_local = 3968;
+    std::int64_t n_last = 0;
+    void visit(ParameterList& v) {
+      v("n_init", n_init, 0, most_tokens, "sinks: first keys that every query sees");
+      v("n_local", n_local, 1, most_tokens, "nearest keys that a query sees, itself included");
+      v("n_last", n_last, 0, most_tokens, "last query rows that see every key (Tri-shape: 100)");
+    }
+  };
+  static constexpr bool reads_inputs = false;
+  static MethodInfo info() {
+    return {.name = "streaming",
+            .family = "pattern",
+            .summary = "attention sinks plus a local window (A-shape), optionally with dense last rows (Tri-shape)",
+            .paper = "Efficient Streaming Language Models with Attention Sinks, arXiv:2309.17453",
+            .phases = {.prefill = true, .decode = true}};
+  }
+
+  Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {
+    const score::AShape shape{params.n_init, params.n_local};
+    score::PlanRows rows(problem, 128, 128, 1, !problem.variable_length());
+    const std::int64_t band = rows.add_band(shape.band(problem.causal));
+    for (std::int64_t block = 0; block < rows.blocks(); ++block) {
+      const score::QueryTiles tiles = rows.geometry(block);
+      const std::int64_t dense_from = tiles.queries - std::min(params.n_last, tiles.queries);
+      parallel_for(tiles.count(), context.run.threads, [&](std::int64_t tile, int) {
+        score::PlanRow& row = rows.row(block, tile);
+        const std::int64_t cut = dense_from - tile * tiles.tile_q;
+        if (cut <= 0) {
+          row.everything(tiles, tile);
+        } else if (cut < tiles.rows(tile)) {
+          shape.add_with_dense_rows(tiles, tile, cut, row);
+        } else {
+          shape.add(tiles, tile, band, row);
+        }
+      });
+    }
+    return std::move(rows).finish(context.run.threads);
+  }
+
+  Params params;
+};
+
+}  // namespace
+}  // namespace tessera
+
+TESSERA_METHOD(streaming, tessera::Streaming);

@@ -1,0 +1,107 @@
+#include "methods/registry.h"
+
+#include <algorithm>
+#include <chrono>
+#include <tuple>
+
+#include "core/error.h"
+#include "io/json.h"
+
+namespace tessera {
+
+namespace method_files {
+#define TESSERA_METHOD_FILE(stem) MethodEntry stem();
+#include "method_list.inc"
+#undef TESSERA_METHOD_FILE
+}  // namespace method_files
+
+namespace {
+
+std::vector<MethodEntry> collect() {
+  std::vector<MethodEntry> entries;
+#define TESSERA_METHOD_FILE(stem) entries.push_back(method_files::stem());
+#include "method_list.inc"
+#undef TESSERA_METHOD_FILE
+  std::sort(entries.begin(), entries.end(), [](const MethodEntry& a, const MethodEntry& b) {
+    return std::tie(a.info.family, a.info.name) < std::tie(b.info.family, b.info.name);
+  });
+  return entries;
+}
+
+/// The text of key=value as a JSON value of the declared type; text that does not read as one becomes a string, which
+/// the check of types then refuses by name.
+Json value_of(const MethodEntry& entry, const std::string& key, const std::string& text) {
+  const auto declared = std::find_if(entry.parameters.begin(), entry.parameters.end(),
+                                     [&](const ParameterInfo& info) { return info.name == key; });
+  const bool literal = declared != entry.parameters.end() && declared->type != "string" && declared->type != "choice";
+  if (!literal) return text;
+  Json value = Json::parse(text, nullptr, false);
+  return value.is_number() || value.is_boolean() ? value : Json(text);
+}
+
+std::unique_ptr<const Method> from_pairs(const MethodEntry& entry, std::string_view pairs) {
+  Json parameters = Json::object();
+  while (!pairs.empty()) {
+    const std::size_t comma = std::min(pairs.find(','), pairs.size());
+    const std::string_view pair = pairs.substr(0, comma);
+    pairs.remove_prefix(std::min(comma + 1, pairs.size()));
+    const std::size_t equals = pair.find('=');
+    require(equals != std::string_view::npos && equals > 0, "{}: '{}' is not key=value", entry.info.name, pair);
+    const std::string key(pair.substr(0, equals));
+    require(!parameters.contains(key), "{}: parameter '{}' is given twice", entry.info.name, key);
+    parameters[key] = value_of(entry, key, std::string(pair.substr(equals + 1)));
+  }
+  return entry.make(parameters.dump(-1, ' ', false, Json::error_handler_t::replace));
+}
+
+std::unique_ptr<const Method> from_file(const std::string& name) {
+  const Json object = parse_json_file(name);
+  require(object.is_object() && object.contains("method") && object["method"].is_string(),
+          "method file '{}' is not a JSON object {{\"method\": name, \"parameters\": {{...}}}}", name);
+  const std::vector<std::string> known{"method", "parameters"};
+  for (const auto& [key, value] : object.items()) {
+    require(std::find(known.begin(), known.end(), key) != known.end(),
+            "method file '{}': unknown key '{}'; expected {}", name, key, fmt::join(known, " and "));
+  }
+  const MethodEntry& entry = find_method(object["method"].get<std::string>());
+  const Json parameters = object.value("parameters", Json::object());
+  return entry.make(parameters.dump());
+}
+
+}  // namespace
+
+std::span<const MethodEntry> methods() {
+  static const std::vector<MethodEntry> entries = collect();
+  return entries;
+}
+
+const MethodEntry& find_method(std::string_view name) {
+  std::vector<std::string> known;
+  for (const MethodEntry& entry : methods()) {
+    if (entry.info.name == name) return entry;
+    known.push_back(entry.info.name);
+  }
+  fail("unknown method '{}'; did you mean '{}'? (known: {})", name, nearest_name(name, known), fmt::join(known, ", "));
+}
+
+std::unique_ptr<const Method> make_method(std::string_view spec) {
+  if (spec.ends_with(".json") && spec.find('=') == std::string_view::npos) {
+    return from_file(std::string(spec));
+  }
+  const std::size_t colon = spec.find(':');
+  const MethodEntry& entry = find_method(spec.substr(0, colon));
+  return from_pairs(entry, colon == std::string_view::npos ? std::string_view{} : spec.substr(colon + 1));
+}
+
+RunReport Method::attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
+                         const PlanContext& context, Plan* executed) const {
+  const auto start = std::chrono::steady_clock::now();
+  Plan decided = plan(problem, inputs, context);
+  const std::chrono::duration<double, std::milli> planned = std::chrono::steady_clock::now() - start;
+  RunReport report = run(decided, inputs, outputs, context.run);
+  report.plan_ms = planned.count();
+  if (executed != nullptr) *executed = std::move(decided);
+  return report;
+}
+
+}  // namespace tessera

@@ -1,0 +1,93 @@
+// How a method file enters the registry.
+//
+// A method is a type with
+//   struct Params { ...fields with defaults...; void visit(ParameterList& v); };
+//   static MethodInfo info();
+//   explicit Type(Params);                        (or an aggregate whose first member is Params)
+//   Plan plan(const Problem&, const AttentionInputs&, const PlanContext&) const;
+// and optionally
+//   static constexpr bool reads_inputs = false;   patterns: plan() looks at neither q nor k
+//   RunReport attend(...) const;                  methods with branches or corrections
+//   std::unique_ptr<MethodState> new_state() const;
+// and its file src/methods/<family>/<stem>.cpp ends with TESSERA_METHOD(stem, Type). The build lists the files, so
+// nothing else is touched.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "methods/parameters.h"
+#include "tessera/method.h"
+
+namespace tessera {
+
+/// Method over a concrete type: checks what every method would have to check.
+template <class Type>
+class BoundMethod final : public Method {
+ public:
+  explicit BoundMethod(typename Type::Params params)
+      : info_(Type::info()), parameters_(parameters_of(params).to_json()), method_{std::move(params)} {}
+
+  const MethodInfo& info() const override { return info_; }
+  std::string parameters() const override { return parameters_; }
+
+  Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const override {
+    check(problem, inputs);
+    return method_.plan(problem, inputs, context);
+  }
+
+  RunReport attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
+                   const PlanContext& context, Plan* executed) const override {
+    if constexpr (requires { method_.attend(problem, inputs, outputs, context, executed); }) {
+      check_inputs(problem, inputs);
+      return method_.attend(problem, inputs, outputs, context, executed);
+    } else {
+      return Method::attend(problem, inputs, outputs, context, executed);
+    }
+  }
+
+  std::unique_ptr<MethodState> new_state() const override {
+    if constexpr (requires { method_.new_state(); }) {
+      return method_.new_state();
+    } else {
+      return nullptr;
+    }
+  }
+
+ private:
+  static void check(const Problem& problem, const AttentionInputs& inputs) {
+    if constexpr (requires { requires !Type::reads_inputs; }) {
+      problem.validate();
+    } else {
+      check_inputs(problem, inputs);
+    }
+  }
+
+  MethodInfo info_;
+  std::string parameters_;
+  Type method_;
+};
+
+/// The registry row of a method type.
+template <class Type>
+MethodEntry entry_of() {
+  typename Type::Params defaults;
+  return {Type::info(), parameters_of(defaults).describe(),
+          [](std::string_view parameters) -> std::unique_ptr<const Method> {
+            typename Type::Params params;
+            parameters_of(params).assign(Type::info().name, parameters);
+            return std::make_unique<BoundMethod<Type>>(std::move(params));
+          }};
+}
+
+}  // namespace tessera
+
+/// The one registration line of a method file; at global scope. `stem` is the file's name without folder and ending.
+#define TESSERA_METHOD(stem, Type)      \
+  namespace tessera::method_files {     \
+  ::tessera::MethodEntry stem() {       \
+    return ::tessera::entry_of<Type>(); \
+  }                                     \
+  }                                     \
+  static_assert(true)

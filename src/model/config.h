@@ -1,0 +1,15 @@
+// config.json of the Hugging Face layout.
+#pragma once
+
+#include <string_view>
+
+#include "io/json.h"
+#include "tessera/model.h"
+
+namespace tessera::model {
+
+/// Checks and reads a configuration. `name` stands for it in messages. Throws Error for missing keys, sizes out of
+/// range, and for whatever changes the computation in a way that is not supported (the message lists what is).
+ModelConfig read_config(const Json& json, std::string_view name);
+
+}  // namespace tessera::model

@@ -1,0 +1,72 @@
+// The forward pass of a pre-norm decoder: embedding, layers of attention and SwiGLU, head.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "model/rope.h"
+#include "model/weights.h"
+#include "tessera/cache.h"
+#include "tessera/method.h"
+#include "tessera/model.h"
+
+namespace tessera::model {
+
+/// How one pass attends.
+struct AttentionCall {
+  const Method* method = nullptr;
+  MethodState* state = nullptr;
+  RunOptions run;
+  /// Receives the plan of each layer if set.
+  std::function<void(std::int64_t layer, const Plan& plan)> on_plan;
+  /// Called after each layer; may throw to end the pass.
+  std::function<void(std::int64_t layers_done)> after_layer;
+};
+
+/// Passes over one model. Holds the activations of a pass, to be used again by the next.
+class Decoder {
+ public:
+  /// Both must outlive the decoder.
+  Decoder(const ModelConfig& config, const Weights& weights);
+
+  /// Appends the tokens to the cache and returns their last hidden states [tokens][hidden] before the final norm,
+  /// valid until the next pass. Ids must lie in the vocabulary and the tokens fit the cache. On an exception the cache
+  /// holds what it held before. Adds the time of plans and kernels to attention_ms.
+  std::span<const float> forward(std::span<const std::int32_t> tokens, PagedCache& cache, const AttentionCall& call,
+                                 double& attention_ms);
+  /// Final norm and head: logits [rows][vocab] of hidden states [rows][hidden].
+  void head(std::span<const float> hidden, std::vector<float>& logits, int threads);
+
+  /// Activations of a pass over one token, in bytes: what the default chunk length is judged by.
+  static std::int64_t bytes_per_token(const ModelConfig& config);
+  /// Gives the activations' memory back.
+  void release();
+
+ private:
+  void project_inputs(const LayerWeights& layer, std::int64_t layer_index, std::int64_t position, PagedCache& cache,
+                      int threads);
+  void attend(std::int64_t layer_index, std::int64_t position, const PagedCache& cache, const AttentionCall& call,
+              double& attention_ms);
+  void finish_layer(const LayerWeights& layer, int threads);
+
+  const ModelConfig& config_;
+  const Weights& weights_;
+  Rope rope_;
+  std::int64_t rows_ = 0;  ///< tokens of the pass
+  // Of the whole pass.
+  std::vector<float> hidden_;    ///< [rows][hidden]
+  std::vector<float> queries_;   ///< [rows][q_heads * head_dim]
+  std::vector<float> attended_;  ///< [rows][q_heads * head_dim]
+  // Of a group of rows.
+  std::vector<float> normed_;     ///< [group][hidden]
+  std::vector<float> projected_;  ///< [group][hidden]: what joins the residual stream
+  std::vector<float> keys_;       ///< [group][kv_heads * head_dim]
+  std::vector<float> values_;     ///< [group][kv_heads * head_dim]
+  std::vector<float> gate_;       ///< [group][intermediate]
+  std::vector<float> up_;         ///< [group][intermediate]
+  std::vector<float> rotations_;  ///< [group][head_dim]
+};
+
+}  // namespace tessera::model

@@ -1,0 +1,58 @@
+#include "model/layers/elementwise.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/parallel.h"
+
+namespace tessera::model {
+
+namespace {
+
+constexpr std::int64_t rows_per_item = 32;
+
+/// body(row) for every row, 32 rows at a time; a few rows stay on the calling thread.
+template <class Body>
+void for_rows(std::int64_t rows, int threads, const Body& body) {
+  const std::int64_t items = (rows + rows_per_item - 1) / rows_per_item;
+  parallel_for(items, threads, [&](std::int64_t item, int) {
+    const std::int64_t end = std::min(rows, (item + 1) * rows_per_item);
+    for (std::int64_t row = item * rows_per_item; row < end; ++row) body(row);
+  });
+}
+
+}  // namespace
+
+void rms_norm(const float* x, std::int64_t rows, std::span<const float> gain, double epsilon, float* out, int threads) {
+  const auto width = static_cast<std::int64_t>(gain.size());
+  for_rows(rows, threads, [&](std::int64_t row) {
+    const float* in = x + row * width;
+    float* to = out + row * width;
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (std::int64_t i = 0; i < width; ++i) squares += in[i] * in[i];
+    const auto factor =
+        static_cast<float>(1.0 / std::sqrt(static_cast<double>(squares) / static_cast<double>(width) + epsilon));
+#pragma omp simd
+    for (std::int64_t i = 0; i < width; ++i) to[i] = in[i] * factor * gain[static_cast<std::size_t>(i)];
+  });
+}
+
+void silu_product(float* gate, const float* up, std::int64_t rows, std::int64_t width, int threads) {
+  for_rows(rows, threads, [&](std::int64_t row) {
+    float* g = gate + row * width;
+    const float* u = up + row * width;
+    for (std::int64_t i = 0; i < width; ++i) g[i] = g[i] / (1.0F + std::exp(-g[i])) * u[i];
+  });
+}
+
+void add(float* x, const float* y, std::int64_t rows, std::int64_t width, int threads) {
+  for_rows(rows, threads, [&](std::int64_t row) {
+    float* to = x + row * width;
+    const float* from = y + row * width;
+#pragma omp simd
+    for (std::int64_t i = 0; i < width; ++i) to[i] += from[i];
+  });
+}
+
+}  // namespace tessera::model

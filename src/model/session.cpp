@@ -1,0 +1,231 @@
+// One sequence in a model: prefill in chunks, decode token by token.
+#include <algorithm>
+#include <chrono>
+
+#include "core/error.h"
+#include "model/layers/decoder.h"
+#include "model/parts.h"
+#include "tessera/cache.h"
+
+namespace tessera {
+
+namespace {
+
+/// The default chunk: activations of one pass stay below this.
+constexpr std::int64_t activation_bytes = std::int64_t{1} << 30;
+/// A slice of logits stays below this.
+constexpr std::int64_t logit_bytes = std::int64_t{1} << 25;
+
+double milliseconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+}
+
+void choose_methods(SessionOptions& options) {
+  if (!options.prefill) options.prefill = make_method("dense");
+  const MethodInfo& prefill = options.prefill->info();
+  require(prefill.phases.prefill, "method '{}' does not support prefill", prefill.name);
+  if (!options.decode) options.decode = prefill.phases.decode ? options.prefill : make_method("dense");
+  const MethodInfo& decode = options.decode->info();
+  require(decode.phases.decode, "method '{}' does not support decode; expected one that does, or none for dense",
+          decode.name);
+}
+
+PagedCacheShape cache_shape(const ModelConfig& config, const SessionOptions& options) {
+  require(options.capacity >= 0, "capacity is {}; expected 0 (the model's limit) or more", options.capacity);
+  return {.layers = config.layers,
+          .kv_heads = config.kv_heads,
+          .head_dim = config.head_dim,
+          .value_dim = config.head_dim,
+          .dtype = options.kv_dtype,
+          .page_size = options.page_size,
+          .capacity = options.capacity > 0 ? options.capacity : config.max_positions};
+}
+
+}  // namespace
+
+class Session::Implementation {
+ public:
+  Implementation(const Model& model, SessionOptions options)
+      : model_(model),
+        options_(std::move(options)),
+        decoder_(model.config(), model.parts().weights),
+        cache_(cache_shape(model.config(), options_)) {
+    choose_methods(options_);
+    require(!options_.chunk || *options_.chunk >= 0, "chunk is {}; expected 0 (whole prompt) or more",
+            options_.chunk.value_or(0));
+    new_states();
+  }
+
+  const Model& model() const { return model_; }
+  const PagedCache& cache() const { return cache_; }
+  const SessionStatistics& statistics() const { return statistics_; }
+
+  std::span<const float> prefill(std::span<const std::int32_t> tokens, const PrefillObserver& observer) {
+    check(tokens);
+    const auto start = std::chrono::steady_clock::now();
+    observation_ms_ = 0;
+    const auto total = static_cast<std::int64_t>(tokens.size());
+    const std::int64_t chunk = chunk_length(total);
+    const std::int64_t before = cache_.tokens();
+    for (std::int64_t first = 0; first < total; first += chunk) {
+      const std::int64_t rows = std::min(chunk, total - first);
+      model::AttentionCall call{options_.prefill.get(), prefill_state_.get(), options_.run, {}, {}};
+      call.on_plan = [&](std::int64_t layer, const Plan& plan) { count(layer, plan); };
+      call.after_layer = [&](std::int64_t done) {
+        check_cancelled();
+        if (!observer.on_progress) return;
+        const double share = static_cast<double>(done) / static_cast<double>(model_.config().layers);
+        observer.on_progress(static_cast<double>(first) + static_cast<double>(rows) * share, total);
+      };
+      const auto hidden =
+          decoder_.forward(tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(rows)), cache_,
+                           call, statistics_.attention_ms);
+      if (observer.on_logits) {
+        give_logits(hidden, before + first, observer);
+      } else if (first + rows == total) {
+        decoder_.head(last_row(hidden), logits_, options_.run.threads);
+      }
+    }
+    statistics_.prefill_tokens += total;
+    statistics_.prefill_ms += milliseconds_since(start) - observation_ms_;
+    // The rows of a long prompt are not needed again: decoding takes one row.
+    if (total > 4096) decoder_.release();
+    return last_logits();
+  }
+
+  std::span<const float> decode(std::int32_t token) {
+    const std::span<const std::int32_t> tokens(&token, 1);
+    check(tokens);
+    check_cancelled();
+    const auto start = std::chrono::steady_clock::now();
+    MethodState* state = options_.decode == options_.prefill ? prefill_state_.get() : decode_state_.get();
+    const model::AttentionCall call{options_.decode.get(), state, options_.run, {}, {}};
+    const auto hidden = decoder_.forward(tokens, cache_, call, statistics_.attention_ms);
+    decoder_.head(hidden, logits_, options_.run.threads);
+    statistics_.decode_tokens += 1;
+    statistics_.decode_ms += milliseconds_since(start);
+    return last_logits();
+  }
+
+  void reset() {
+    cache_.reset();
+    decoder_.release();
+    statistics_ = {};
+    logits_ = {};
+    new_states();
+  }
+
+ private:
+  void new_states() {
+    prefill_state_ = options_.prefill->new_state();
+    decode_state_ = options_.decode == options_.prefill ? nullptr : options_.decode->new_state();
+  }
+
+  void check(std::span<const std::int32_t> tokens) const {
+    require(!tokens.empty(), "no tokens given; expected at least one");
+    for (std::size_t i = 0; i < tokens.size(); ++i) {
+      require(tokens[i] >= 0 && tokens[i] < model_.config().vocab_size,
+              "token {} at place {} is outside the vocabulary of {}", tokens[i], i, model_.config().vocab_size);
+    }
+    const std::int64_t length = cache_.tokens() + static_cast<std::int64_t>(tokens.size());
+    require(length <= cache_.shape().capacity, "a sequence of {} tokens exceeds the limit of {} tokens", length,
+            cache_.shape().capacity);
+  }
+
+  void check_cancelled() const {
+    if (options_.cancelled && options_.cancelled()) throw Cancelled("interrupted");
+  }
+
+  std::int64_t chunk_length(std::int64_t total) const {
+    if (options_.chunk) return *options_.chunk == 0 ? total : *options_.chunk;
+    const std::int64_t fitting = activation_bytes / model::Decoder::bytes_per_token(model_.config());
+    // Whole query tiles, so that methods see the same tiles in every chunk.
+    return std::min(total, std::max<std::int64_t>(fitting / 1024 * 1024, 1024));
+  }
+
+  void count(std::int64_t layer, const Plan& plan) {
+    const auto start = std::chrono::steady_clock::now();
+    const PlanStatistics plan_statistics = tessera::statistics(plan);
+    statistics_.planned_pairs += static_cast<double>(plan_statistics.planned_pairs);
+    statistics_.allowed_pairs += static_cast<double>(plan_statistics.allowed_pairs);
+    if (options_.on_plan) options_.on_plan(layer, plan);
+    observation_ms_ += milliseconds_since(start);
+  }
+
+  std::span<const float> last_row(std::span<const float> hidden) const {
+    return hidden.last(static_cast<std::size_t>(model_.config().hidden_size));
+  }
+
+  std::span<const float> last_logits() const {
+    return std::span(logits_).last(static_cast<std::size_t>(model_.config().vocab_size));
+  }
+
+  void give_logits(std::span<const float> hidden, std::int64_t position, const PrefillObserver& observer) {
+    const auto start = std::chrono::steady_clock::now();
+    const ModelConfig& config = model_.config();
+    const auto width = static_cast<std::size_t>(config.hidden_size);
+    const auto fitting = logit_bytes / (config.vocab_size * static_cast<std::int64_t>(sizeof(float)));
+    const auto slice = static_cast<std::size_t>(std::clamp<std::int64_t>(fitting, 1, 1024));
+    for (std::size_t first = 0; first < hidden.size() / width; first += slice) {
+      const std::size_t rows = std::min(slice, hidden.size() / width - first);
+      decoder_.head(hidden.subspan(first * width, rows * width), logits_, options_.run.threads);
+      observer.on_logits(position + static_cast<std::int64_t>(first), logits_);
+      check_cancelled();
+    }
+    observation_ms_ += milliseconds_since(start);
+  }
+
+  const Model& model_;
+  SessionOptions options_;
+  model::Decoder decoder_;
+  PagedCache cache_;
+  std::unique_ptr<MethodState> prefill_state_;
+  std::unique_ptr<MethodState> decode_state_;
+  std::vector<float> logits_;  ///< the last row is that of the last token
+  SessionStatistics statistics_;
+  double observation_ms_ = 0;  ///< of the running prefill: plan statistics and logits that only an observer wants
+};
+
+Session::Session(const Model& model, SessionOptions options)
+    : implementation_(std::make_unique<Implementation>(model, std::move(options))) {}
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+Session::~Session() = default;
+
+const Model& Session::model() const {
+  return implementation_->model();
+}
+
+const SessionStatistics& Session::statistics() const {
+  return implementation_->statistics();
+}
+
+std::int64_t Session::tokens() const {
+  return implementation_->cache().tokens();
+}
+
+std::int64_t Session::capacity() const {
+  return implementation_->cache().shape().capacity;
+}
+
+std::size_t Session::cache_bytes() const {
+  return implementation_->cache().memory_bytes();
+}
+
+std::span<const float> Session::prefill(std::span<const std::int32_t> tokens) {
+  return prefill(tokens, {});
+}
+
+std::span<const float> Session::prefill(std::span<const std::int32_t> tokens, const PrefillObserver& observer) {
+  return implementation_->prefill(tokens, observer);
+}
+
+std::span<const float> Session::decode(std::int32_t token) {
+  return implementation_->decode(token);
+}
+
+void Session::reset() {
+  implementation_->reset();
+}
+
+}  // namespace tessera

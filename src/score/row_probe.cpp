@@ -1,0 +1,85 @@
+#include "score/row_probe.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "score/exponential.h"
+#include "score/product.h"
+#include "score/query_tiles.h"
+#include "score/row_access.h"
+
+namespace tessera::score {
+
+namespace {
+
+constexpr std::int64_t panel_keys = 1024;
+
+/// Folds one panel of scores into a row's running maximum and sum.
+void accumulate(float* row, std::int64_t count, float& maximum, float& sum) {
+  const float panel_maximum = row_maximum(row, count);
+  const float raised = panel_maximum > maximum ? panel_maximum : maximum;
+  exponentiate(row, count, raised);
+  const bool first = maximum == -std::numeric_limits<float>::infinity() && sum == 0;
+  sum = (first ? 0.0F : sum * exponential(maximum - raised)) + row_sum(row, count);
+  maximum = raised;
+}
+
+}  // namespace
+
+void probe_rows(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence, std::int64_t q_head,
+                std::int64_t first, std::int64_t rows, bool want_offsets, LineScores& out, ProbeBuffers& buffers) {
+  const QueryTiles geometry(problem, sequence, std::max<std::int64_t>(1, rows), panel_keys);
+  const std::int64_t dim = problem.head_dim;
+  const std::int64_t kv_head = q_head / problem.group();
+  const std::int64_t first_position = geometry.offset + first;
+  const std::int64_t keys = rows == 0 ? 0 : geometry.keys_visible_from(first_position + rows - 1);
+
+  out.columns.assign(static_cast<std::size_t>(geometry.keys), 0.0F);
+  out.offsets.assign(static_cast<std::size_t>(want_offsets ? std::max<std::int64_t>(0, first_position + rows) : 0),
+                     0.0F);
+  if (keys == 0) return;
+
+  buffers.queries.resize(static_cast<std::size_t>(rows * dim));
+  load_queries(problem, inputs, sequence, q_head, first, rows, buffers.queries.data());
+  buffers.scores.resize(static_cast<std::size_t>(rows * panel_keys));
+  buffers.maximum.assign(static_cast<std::size_t>(rows), -std::numeric_limits<float>::infinity());
+  buffers.sum.assign(static_cast<std::size_t>(rows), 0.0F);
+  // Pair (r, j) lies on diagonal j - r + rows - 1: ascending in j for each row, so the inner loop is contiguous.
+  buffers.diagonals.assign(static_cast<std::size_t>(want_offsets ? keys + rows : 0), 0.0F);
+
+  for (const bool second_pass : {false, true}) {
+    for (std::int64_t begin = 0; begin < keys; begin += panel_keys) {
+      const std::int64_t count = std::min(panel_keys, keys - begin);
+      const float* panel = key_rows(problem, inputs, sequence, kv_head, begin, count, count, buffers.keys);
+      multiply_transposed(buffers.queries.data(), rows, dim, panel, count, dim, dim, problem.softmax_scale(),
+                          buffers.scores.data(), panel_keys);
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const std::int64_t visible = std::min(count, geometry.keys_visible_from(first_position + r) - begin);
+        if (visible <= 0) continue;
+        float* row = buffers.scores.data() + r * panel_keys;
+        if (!second_pass) {
+          accumulate(row, visible, buffers.maximum[r], buffers.sum[r]);
+          continue;
+        }
+        exponentiate(row, visible, buffers.maximum[r]);
+        const float inverse = 1.0F / buffers.sum[r];
+        float* columns = out.columns.data() + begin;
+        for (std::int64_t j = 0; j < visible; ++j) {
+          row[j] *= inverse;
+          columns[j] += row[j];
+        }
+        if (want_offsets) {
+          float* diagonals = buffers.diagonals.data() + begin - r + rows - 1;
+          for (std::int64_t j = 0; j < visible; ++j) diagonals[j] += row[j];
+        }
+      }
+    }
+  }
+  // Distance o = p_r - j = first_position + r - j.
+  for (std::int64_t o = 0; o < static_cast<std::int64_t>(out.offsets.size()); ++o) {
+    const std::int64_t diagonal = first_position + rows - 1 - o;
+    if (diagonal >= 0 && diagonal < keys + rows) out.offsets[o] = buffers.diagonals[diagonal];
+  }
+}
+
+}  // namespace tessera::score

@@ -1,0 +1,103 @@
+#include "view/picture.h"
+
+#include <fmt/format.h>
+#include <png.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+
+#include "core/error.h"
+
+namespace tessera {
+
+namespace {
+
+using Colour = std::array<double, 3>;
+
+// Light to dark blue through one hue: readable with every kind of colour vision, and in print.
+constexpr std::array<Colour, 4> scale = {{{198, 219, 239}, {107, 174, 214}, {33, 113, 181}, {8, 48, 107}}};
+constexpr Colour skipped = {240, 240, 240};
+
+Colour colour_at(double shade) {
+  const double place = shade * static_cast<double>(scale.size() - 1);
+  const auto lower = std::min(static_cast<std::size_t>(place), scale.size() - 2);
+  const double rest = place - static_cast<double>(lower);
+  Colour colour{};
+  for (std::size_t i = 0; i < 3; ++i) colour[i] = scale[lower][i] + rest * (scale[lower + 1][i] - scale[lower][i]);
+  return colour;
+}
+
+// Palette: 0 outside the hard mask, 1 skipped, 2 to 255 shares.
+constexpr int first_share = 2;
+constexpr int colours = 256;
+
+std::uint8_t palette_index(double share) {
+  if (share < 0) return 0;
+  if (share == 0) return 1;
+  return static_cast<std::uint8_t>(first_share + std::lround(shade_of_share(share) * (colours - 1 - first_share)));
+}
+
+std::vector<std::uint8_t> palette() {
+  std::vector<std::uint8_t> rgba{255, 255, 255, 0};
+  const auto append = [&](const Colour& colour) {
+    for (const double channel : colour) rgba.push_back(static_cast<std::uint8_t>(std::lround(channel)));
+    rgba.push_back(255);
+  };
+  append(skipped);
+  for (int i = first_share; i < colours; ++i) {
+    append(colour_at(static_cast<double>(i - first_share) / (colours - 1 - first_share)));
+  }
+  return rgba;
+}
+
+}  // namespace
+
+double shade_of_share(double share) {
+  return std::pow(share, 0.4);
+}
+
+std::string colour_of_share(double share) {
+  const Colour colour = share > 0 ? colour_at(shade_of_share(share)) : skipped;
+  return fmt::format("#{:02x}{:02x}{:02x}", std::lround(colour[0]), std::lround(colour[1]), std::lround(colour[2]));
+}
+
+std::vector<std::byte> png_of(const PlanMap& map) {
+  std::vector<std::uint8_t> pixels;
+  pixels.reserve(static_cast<std::size_t>(map.rows() * map.columns()));
+  for (std::int64_t row = 0; row < map.rows(); ++row) {
+    for (std::int64_t column = 0; column < map.columns(); ++column) {
+      pixels.push_back(palette_index(map.share(row, column)));
+    }
+  }
+  const std::vector<std::uint8_t> colour_map = palette();
+
+  png_image image{};
+  image.version = PNG_IMAGE_VERSION;
+  image.width = static_cast<png_uint_32>(map.columns());
+  image.height = static_cast<png_uint_32>(map.rows());
+  image.format = PNG_FORMAT_RGBA_COLORMAP;
+  image.colormap_entries = colours;
+  png_alloc_size_t size = PNG_IMAGE_PNG_SIZE_MAX(image);
+  std::vector<std::byte> bytes(size);
+  if (png_image_write_to_memory(&image, bytes.data(), &size, 0, pixels.data(), 0, colour_map.data()) == 0) {
+    fail("cannot write a picture of {} x {} pixels: {}", image.width, image.height, image.message);
+  }
+  bytes.resize(size);
+  return bytes;
+}
+
+std::string data_uri(std::string_view type, std::span<const std::byte> bytes) {
+  constexpr std::string_view digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  std::string text = fmt::format("data:{};base64,", type);
+  for (std::size_t i = 0; i < bytes.size(); i += 3) {
+    const std::size_t count = std::min<std::size_t>(3, bytes.size() - i);
+    std::uint32_t group = 0;
+    for (std::size_t b = 0; b < 3; ++b)
+      group = group << 8 | (b < count ? std::to_integer<std::uint32_t>(bytes[i + b]) : 0);
+    for (std::size_t d = 0; d < 4; ++d) text += d <= count ? digits[group >> (18 - 6 * d) & 63] : '=';
+  }
+  return text;
+}
+
+}  // namespace tessera

@@ -1,0 +1,18 @@
+// The avx512 kernel text on emulated intrinsics.
+#define TESSERA_EMULATE_AVX512
+#define TESSERA_LEVEL_AVX512
+
+#include "kernels/cpu/level_headers.h"
+#include "kernels/emulated_levels.h"
+
+namespace tessera::kernels {
+namespace {
+#include "kernels/cpu/level-inl.h"
+}  // namespace
+
+const LevelKernels& emulated_avx512() {
+  static constexpr LevelKernels kernels = level_table();
+  return kernels;
+}
+
+}  // namespace tessera::kernels

@@ -1,0 +1,11 @@
+// Kernel tables of instruction sets that this machine may lack, on emulated intrinsics.
+#pragma once
+
+#include "kernels/cpu/tile.h"
+
+namespace tessera::kernels {
+
+const LevelKernels& emulated_avx512();
+const LevelKernels& emulated_avx512_bf16();
+
+}  // namespace tessera::kernels

@@ -1,0 +1,101 @@
+// AVX-512 intrinsics in portable C++, so that the kernel text of the AVX-512 levels is tested on machines without them:
+// SIMDe, and the few that its packaged version lacks.
+#pragma once
+
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx2.h>
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+
+#include <bit>
+#include <cstdint>
+
+#include "tessera/core.h"
+
+// NOLINTBEGIN(bugprone-reserved-identifier): these are the names the kernel text calls
+using __mmask16 = simde__mmask16;
+
+struct EmulatedM256bh {
+  std::uint16_t lanes[16];
+};
+
+template <class To, class From>
+inline To emulated_cast(From from) {
+  return std::bit_cast<To>(from);
+}
+
+struct Floats16 {
+  float lanes[16];
+};
+struct Words16 {
+  std::uint32_t lanes[16];
+};
+struct Halves16 {
+  std::uint16_t lanes[16];
+};
+struct Floats8 {
+  float lanes[8];
+};
+
+inline simde__m256i emulated_narrow(simde__m512i x) {
+  const auto words = emulated_cast<Words16>(x);
+  Halves16 halves{};
+  for (int i = 0; i < 16; ++i) halves.lanes[i] = static_cast<std::uint16_t>(words.lanes[i]);
+  return emulated_cast<simde__m256i>(halves);
+}
+inline simde__m512i emulated_widen(simde__m256i x) {
+  const auto halves = emulated_cast<Halves16>(x);
+  Words16 words{};
+  for (int i = 0; i < 16; ++i) words.lanes[i] = halves.lanes[i];
+  return emulated_cast<simde__m512i>(words);
+}
+inline simde__m512 emulated_to_float(simde__m512i x) {
+  const auto words = emulated_cast<Words16>(x);
+  Floats16 floats{};
+  for (int i = 0; i < 16; ++i) floats.lanes[i] = static_cast<float>(static_cast<std::int32_t>(words.lanes[i]));
+  return emulated_cast<simde__m512>(floats);
+}
+inline simde__m512 emulated_from_half(simde__m256i x) {
+  const auto halves = emulated_cast<Halves16>(x);
+  Floats16 floats{};
+  for (int i = 0; i < 16; ++i) floats.lanes[i] = tessera::f16_to_float(halves.lanes[i]);
+  return emulated_cast<simde__m512>(floats);
+}
+inline simde__m256i emulated_to_half(simde__m512 x) {
+  const auto floats = emulated_cast<Floats16>(x);
+  Halves16 halves{};
+  for (int i = 0; i < 16; ++i) halves.lanes[i] = tessera::float_to_f16(floats.lanes[i]);
+  return emulated_cast<simde__m256i>(halves);
+}
+inline EmulatedM256bh emulated_to_bf16(simde__m512 x) {
+  const auto floats = emulated_cast<Floats16>(x);
+  EmulatedM256bh halves{};
+  for (int i = 0; i < 16; ++i) halves.lanes[i] = tessera::float_to_bf16(floats.lanes[i]);
+  return halves;
+}
+inline float emulated_reduce(simde__m512 x, bool maximum) {
+  const auto floats = emulated_cast<Floats16>(x);
+  float result = floats.lanes[0];
+  for (int i = 1; i < 16; ++i) {
+    const float y = floats.lanes[i];
+    result = maximum ? (result > y ? result : y) : result + y;
+  }
+  return result;
+}
+inline simde__m256 emulated_upper_half(simde__m512 x) {
+  const auto floats = emulated_cast<Floats16>(x);
+  Floats8 upper{};
+  for (int i = 0; i < 8; ++i) upper.lanes[i] = floats.lanes[8 + i];
+  return emulated_cast<simde__m256>(upper);
+}
+
+#define _mm512_cvtepi32_epi16(x) emulated_narrow(x)
+#define _mm512_cvtepu16_epi32(x) emulated_widen(x)
+#define _mm512_cvtepi32_ps(x) emulated_to_float(x)
+#define _mm512_cvtph_ps(x) emulated_from_half(x)
+#define _mm512_cvtps_ph(x, rounding) emulated_to_half(x)
+#define _mm512_cvtneps_pbh(x) emulated_to_bf16(x)
+#define _mm512_reduce_add_ps(x) emulated_reduce(x, false)
+#define _mm512_reduce_max_ps(x) emulated_reduce(x, true)
+#define _mm512_extractf32x8_ps(x, half) emulated_upper_half(x)
+// NOLINTEND(bugprone-reserved-identifier)
