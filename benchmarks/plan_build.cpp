@@ -16,8 +16,8 @@ using tessera::Plan;
 using tessera::PlanBuilder;
 using tessera::Problem;
 
-constexpr std::int64_t tile = 128;
-constexpr double density = 0.05;
+constexpr std::int64_t kTile = 128;
+constexpr double kDensity = 0.05;
 
 Problem long_problem() {
   Problem problem;
@@ -30,7 +30,7 @@ Problem long_problem() {
 }
 
 std::int64_t kept_of(std::int64_t available) {
-  return std::max<std::int64_t>(1, static_cast<std::int64_t>(density * static_cast<double>(available)));
+  return std::max<std::int64_t>(1, static_cast<std::int64_t>(kDensity * static_cast<double>(available)));
 }
 
 /// Ascending random choices out of [0, available) for every (head, query tile), the last one always among them.
@@ -38,7 +38,7 @@ std::vector<std::vector<std::int32_t>> choices(std::int64_t lists, std::int64_t 
   std::mt19937 random(7);
   std::vector<std::vector<std::int32_t>> result;
   for (std::int64_t list = 0; list < lists; ++list) {
-    const std::int64_t available = (list % (131072 / tile) + 1) * tile / unit;
+    const std::int64_t available = (list % (131072 / kTile) + 1) * kTile / unit;
     std::vector<std::int32_t> chosen;
     const std::int64_t kept = kept_of(available);
     for (std::int64_t i = 0; i + 1 < kept; ++i) {  // one out of each of `kept` equal stretches
@@ -54,7 +54,7 @@ std::vector<std::vector<std::int32_t>> choices(std::int64_t lists, std::int64_t 
 
 /// Tiles chosen per head and query tile; neighbours joined, the diagonal tile causal.
 Plan build_tiles(const Problem& problem, const std::vector<std::vector<std::int32_t>>& chosen) {
-  PlanBuilder builder(problem, tile, tile, problem.q_heads, 1);
+  PlanBuilder builder(problem, kTile, kTile, problem.q_heads, 1);
   std::size_t entries = 0;
   for (const auto& row : chosen) entries += row.size();
   builder.reserve(entries);
@@ -73,15 +73,15 @@ Plan build_tiles(const Problem& problem, const std::vector<std::vector<std::int3
 
 /// Tokens chosen per GQA group and query tile, the query tile itself causal.
 Plan build_gathers(const Problem& problem, const std::vector<std::vector<std::int32_t>>& chosen) {
-  PlanBuilder builder(problem, tile, tile, problem.kv_heads, 1);
+  PlanBuilder builder(problem, kTile, kTile, problem.kv_heads, 1);
   std::size_t tokens = 0;
   for (const auto& row : chosen) tokens += row.size();
   builder.reserve(2 * chosen.size(), tokens);
-  const std::int64_t tiles = problem.q_len / tile;
+  const std::int64_t tiles = problem.q_len / kTile;
   for (std::size_t r = 0; r < chosen.size(); ++r) {
     const std::int64_t query_tile = static_cast<std::int64_t>(r) % tiles;
     const auto& row = chosen[r];
-    const auto past = std::lower_bound(row.begin(), row.end(), query_tile * tile);
+    const auto past = std::lower_bound(row.begin(), row.end(), query_tile * kTile);
     const std::int64_t list = builder.add_tokens({row.begin(), past});
     builder.gather(list, past - row.begin());
     builder.tiles(query_tile, 1, EntryMask::band);
@@ -109,7 +109,7 @@ void run_build(benchmark::State& state, std::int64_t lists, std::int64_t unit, c
 }
 
 void build_tile_plan(benchmark::State& state) {
-  run_build(state, 32 * 1024, tile, build_tiles);
+  run_build(state, 32 * 1024, kTile, build_tiles);
 }
 void build_gather_plan(benchmark::State& state) {
   run_build(state, 8 * 1024, 1, build_gathers);
@@ -123,7 +123,7 @@ void build_gather_plan_per_head(benchmark::State& state) {
 
 template <class Action>
 void run_on_tiles(benchmark::State& state, const Action& action) {
-  const Plan plan = build_tiles(long_problem(), choices(32 * 1024, tile));
+  const Plan plan = build_tiles(long_problem(), choices(32 * 1024, kTile));
   for (auto _ : state) action(plan);
   report(state, plan);
 }

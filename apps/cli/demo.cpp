@@ -21,8 +21,8 @@ namespace tessera::cli {
 
 namespace {
 
-constexpr std::string_view key = "48213";
-constexpr std::int64_t pictured_heads = 5;
+constexpr std::string_view kKey = "48213";
+constexpr std::int64_t kPicturedHeads = 5;
 
 struct Options {
   std::string model = "models/tessera-bytes";
@@ -52,7 +52,7 @@ Prompt plant_key(const std::string& document, double depth) {
   prompt.text = fmt::format(
       "{0}\nThe pass key is PK#{1}. Remember it. PK#{1} is the pass key.\n{2}\nWhat is the pass key? The pass key is "
       "PK#",
-      document.substr(0, place), key, document.substr(place));
+      document.substr(0, place), kKey, document.substr(place));
   return prompt;
 }
 
@@ -83,7 +83,7 @@ class ProgressLine {
 
 /// A few heads, spread over the layers and over the heads of a layer.
 std::vector<std::pair<std::int64_t, std::int64_t>> heads_to_picture(const ModelConfig& config) {
-  const std::int64_t count = std::min(pictured_heads, config.layers * config.q_heads);
+  const std::int64_t count = std::min(kPicturedHeads, config.layers * config.q_heads);
   std::vector<std::pair<std::int64_t, std::int64_t>> heads;
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t place = count == 1 ? 0 : i * (config.layers * config.q_heads - 1) / (count - 1);
@@ -99,7 +99,7 @@ MethodResult measure(const Model& model, std::span<const std::int32_t> prompt, c
   SessionOptions session_options;
   session_options.prefill = make_method(spec);
   session_options.run = run;
-  session_options.capacity = static_cast<std::int64_t>(prompt.size() + key.size());
+  session_options.capacity = static_cast<std::int64_t>(prompt.size() + kKey.size());
   session_options.on_plan = [&](std::int64_t layer, const Plan& plan) {
     for (const auto& head : heads) {
       if (head.first != layer) continue;
@@ -111,7 +111,7 @@ MethodResult measure(const Model& model, std::span<const std::int32_t> prompt, c
 
   std::optional<ProgressLine> progress(std::in_place, spec);
   GenerateOptions options;
-  options.max_tokens = static_cast<std::int64_t>(key.size());
+  options.max_tokens = static_cast<std::int64_t>(kKey.size());
   options.bits_per_byte = true;
   options.prefill.on_progress = [&](double done, std::int64_t total) {
     progress->show(done / static_cast<double>(total));
@@ -131,7 +131,7 @@ MethodResult measure(const Model& model, std::span<const std::int32_t> prompt, c
                       .attention_ms = attention_ms,
                       .bits_per_byte = generation.bits_per_byte,
                       .answer = generation.text,
-                      .found = generation.text.starts_with(key),
+                      .found = generation.text.starts_with(kKey),
                       .maps = {}};
   for (const auto& [layer, q_head] : heads) {
     const auto tokens = static_cast<std::int64_t>(prompt.size());
@@ -144,16 +144,16 @@ MethodResult measure(const Model& model, std::span<const std::int32_t> prompt, c
   return result;
 }
 
-constexpr std::string_view row_format = "{:<36}{:>9}{:>11}{:>10}{:>12}{:>10}{:>10}  {}\n";
+constexpr std::string_view kRowFormat = "{:<36}{:>9}{:>11}{:>10}{:>12}{:>10}{:>10}  {}\n";
 
 void print_row(const MethodResult& result, const MethodResult& dense) {
-  fmt::print(row_format, result.method, fmt::format("{:.1f} %", 100 * result.density),
+  fmt::print(kRowFormat, result.method, fmt::format("{:.1f} %", 100 * result.density),
              fmt::format("{:.2f} s", result.prefill_ms / 1000),
              fmt::format("{:.2f} x", dense.prefill_ms / result.prefill_ms),
              fmt::format("{:.2f} s", result.attention_ms / 1000),
              fmt::format("{:.2f} x", dense.attention_ms / result.attention_ms),
              fmt::format("{:.3f}", result.bits_per_byte.value_or(0)),
-             result.found ? fmt::format("found ({})", key) : fmt::format("lost ({})", printable(result.answer)));
+             result.found ? fmt::format("found ({})", kKey) : fmt::format("lost ({})", printable(result.answer)));
   std::fflush(stdout);
 }
 
@@ -193,14 +193,14 @@ void run_demo(const Options& options) {
   page.model = options.model;
   page.document = options.document;
   page.tokens = static_cast<std::int64_t>(tokens.size());
-  page.key = key;
+  page.key = kKey;
   page.key_position = static_cast<std::int64_t>(model.encode(prompt.text.substr(0, prompt.key_begin)).size());
   page.machine = fmt::format("{} threads, {}", thread_count(run.threads), name_of(run.isa.value_or(default_isa())));
 
   if (!options.json) {
     fmt::print("{}: {} bytes, {} tokens with the planted pass key; model {} on {}\n\n", page.document, document.size(),
                page.tokens, page.model, page.machine);
-    fmt::print(row_format, "method", "density", "prefill", "speed-up", "attention", "speed-up", "bits/byte",
+    fmt::print(kRowFormat, "method", "density", "prefill", "speed-up", "attention", "speed-up", "bits/byte",
                "pass key");
     std::fflush(stdout);
   }

@@ -18,7 +18,7 @@ struct TypeRow {
   std::string_view name;
   std::size_t size;
 };
-constexpr std::array<TypeRow, 7> type_rows{{{DType::f32, "f32", 4},
+constexpr std::array<TypeRow, 7> kTypeRows{{{DType::f32, "f32", 4},
                                             {DType::bf16, "bf16", 2},
                                             {DType::f16, "f16", 2},
                                             {DType::f64, "f64", 8},
@@ -27,7 +27,7 @@ constexpr std::array<TypeRow, 7> type_rows{{{DType::f32, "f32", 4},
                                             {DType::i64, "i64", 8}}};
 
 const TypeRow& row_of(DType dtype) {
-  return type_rows.at(static_cast<std::size_t>(dtype));
+  return kTypeRows.at(static_cast<std::size_t>(dtype));
 }
 
 }  // namespace
@@ -43,7 +43,7 @@ bool is_attention_dtype(DType dtype) {
 }
 
 DType dtype_from_name(std::string_view name) {
-  for (const TypeRow& row : type_rows) {
+  for (const TypeRow& row : kTypeRows) {
     if (row.name == name) return row.dtype;
   }
   fail("dtype '{}' is unknown; known: f32, bf16, f16, f64, u8, i32, i64", name);

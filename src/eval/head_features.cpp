@@ -10,11 +10,11 @@
 namespace tessera::eval {
 namespace {
 
-constexpr double mean_segment = 256;       // tokens of one topic
-constexpr double design_tokens = 16384;    // length for which slash distances are given
-constexpr std::int64_t member_block = 64;  // queries of a group member that agree or disagree with the group
-constexpr float topic_noise = 0.05F;
-constexpr std::int64_t field_waves = 48;  // cosine waves of the smooth topic field over a grid
+constexpr double kMeanSegment = 256;       // tokens of one topic
+constexpr double kDesignTokens = 16384;    // length for which slash distances are given
+constexpr std::int64_t kMemberBlock = 64;  // queries of a group member that agree or disagree with the group
+constexpr float kTopicNoise = 0.05F;
+constexpr std::int64_t kFieldWaves = 48;  // cosine waves of the smooth topic field over a grid
 
 /// What a stream of random numbers is for.
 enum Purpose : int {
@@ -127,7 +127,7 @@ void FeatureHead::make_topics() {
   Random draw = random(segments);
   if (archetype_.video()) {
     // Level sets of a smooth random field over the grid: clusters that no raster order makes contiguous.
-    std::vector<std::array<double, 4>> waves(field_waves);
+    std::vector<std::array<double, 4>> waves(kFieldWaves);
     for (auto& wave : waves) {
       for (int axis = 0; axis < 3; ++axis) wave[axis] = draw.normal() / (2 * archetype_.grid_sigma[axis]);
       wave[3] = draw.uniform(0, 2 * std::numbers::pi);
@@ -137,13 +137,13 @@ void FeatureHead::make_topics() {
       double field = 0;
       for (const auto& wave : waves) field += std::cos(wave[0] * at[0] + wave[1] * at[1] + wave[2] * at[2] + wave[3]);
       // The sum of many waves is near normal with variance waves / 2; its distribution function spreads the levels.
-      const double level = 0.5 * std::erfc(-field / std::sqrt(static_cast<double>(field_waves)));
+      const double level = 0.5 * std::erfc(-field / std::sqrt(static_cast<double>(kFieldWaves)));
       topic_[j] = static_cast<std::uint8_t>(std::min(level * topic_count, topic_count - 1.0));
     }
   } else {
     std::int64_t now = draw.below(topic_count);
     for (std::int64_t j = 0; j < setting_.tokens; ++j) {
-      if (draw.uniform() * mean_segment < 1) now = draw.below(topic_count);
+      if (draw.uniform() * kMeanSegment < 1) now = draw.below(topic_count);
       topic_[j] = static_cast<std::uint8_t>(now);
     }
   }
@@ -228,7 +228,7 @@ void FeatureHead::key_features(std::int64_t token, float* out) const {
   if (!is_text(token)) {
     float* part = out + spaces_.topic_at;
     std::copy_n(centroids_.data() + topic_[token] * spaces_.topic, spaces_.topic, part);
-    draw.add_normal({part, static_cast<std::size_t>(spaces_.topic)}, topic_noise);
+    draw.add_normal({part, static_cast<std::size_t>(spaces_.topic)}, kTopicNoise);
   }
   if (!anchors_.empty()) {
     const auto after = std::upper_bound(anchors_.begin(), anchors_.end(), token);
@@ -266,7 +266,7 @@ void FeatureHead::query_features(const Member& chosen, std::int64_t token, float
   draw.add_normal({out + spaces_.background_at, static_cast<std::size_t>(spaces_.background)}, background_scale_);
   const double share = chosen.position / std::sqrt(static_cast<double>(spaces_.pairs));
   if (archetype_.position > 0) add_position(token, 0, archetype_.position * share, out + 1);
-  const double shrink = std::min(1.0, static_cast<double>(setting_.tokens) / design_tokens);
+  const double shrink = std::min(1.0, static_cast<double>(setting_.tokens) / kDesignTokens);
   for (const Slash& slash : archetype_.slashes) {
     const auto distance = static_cast<std::int64_t>(std::lround(static_cast<double>(slash.distance) * shrink));
     add_position(token, distance, slash.amplitude * share, out + 1);
@@ -274,7 +274,7 @@ void FeatureHead::query_features(const Member& chosen, std::int64_t token, float
   if (archetype_.topic > 0 && !is_text(token)) {
     std::int64_t label = topic_[token];
     if (chosen.index > 0) {
-      Random other = random(member_topic, chosen.index, token / member_block);
+      Random other = random(member_topic, chosen.index, token / kMemberBlock);
       const bool agrees = other.uniform() < setting_.group_correlation;
       if (!agrees) label = other.below(topic_count);
     }

@@ -19,14 +19,14 @@ using eval::FeatureHead;
 using eval::HeadSetting;
 using eval::Random;
 
-constexpr std::int64_t block_rows = 256;   // rows made at a time
-constexpr std::int64_t dial_rows = 64;     // rows the sparsity dial looks at
-constexpr std::int64_t dial_stream = 100;  // apart from the streams of FeatureHead
-constexpr std::int64_t max_elements = std::int64_t{1} << 40;
+constexpr std::int64_t kBlockRows = 256;   // rows made at a time
+constexpr std::int64_t kDialRows = 64;     // rows the sparsity dial looks at
+constexpr std::int64_t kDialStream = 100;  // apart from the streams of FeatureHead
+constexpr std::int64_t kMaxElements = std::int64_t{1} << 40;
 
 void check(const HeadOptions& options) {
   const auto positive = [](std::int64_t value, const char* name) {
-    require(value > 0 && value <= max_elements, "{} is {}; expected a positive number", name, value);
+    require(value > 0 && value <= kMaxElements, "{} is {}; expected a positive number", name, value);
   };
   positive(options.batch, "batch");
   positive(options.tokens, "tokens");
@@ -50,7 +50,7 @@ void check(const HeadOptions& options) {
           options.group_correlation);
   const double elements = static_cast<double>(options.batch) * static_cast<double>(options.tokens) *
                           static_cast<double>(options.q_heads) * static_cast<double>(options.head_dim);
-  require(elements <= static_cast<double>(max_elements),
+  require(elements <= static_cast<double>(kMaxElements),
           "batch * q_heads * tokens * head_dim is {:.3g}; expected at most "
           "2^40",
           elements);
@@ -92,11 +92,11 @@ class Generator {
             const Body& body) {
     const auto element = static_cast<std::int64_t>(size_of(options_.dtype));
     bytes.resize(heads * tokens * dim * element);
-    const std::int64_t blocks = (tokens + block_rows - 1) / block_rows;
+    const std::int64_t blocks = (tokens + kBlockRows - 1) / kBlockRows;
     parallel_for(heads * blocks, options_.threads, [&](std::int64_t item, int) {
       const std::int64_t head = item / blocks;
-      const std::int64_t first = item % blocks * block_rows;
-      const std::int64_t count = std::min(block_rows, tokens - first);
+      const std::int64_t first = item % blocks * kBlockRows;
+      const std::int64_t count = std::min(kBlockRows, tokens - first);
       std::vector<float> buffer(count * dim, 0.0F);
       body(head, first, count, buffer);
       from_float(buffer.data(), count * dim, options_.dtype, bytes.data() + (head * tokens + first) * dim * element);
@@ -116,8 +116,8 @@ double Generator::dial(std::int64_t q_index) const {
   const bool causal = data_.problem.causal;
   // Short causal rows are dense by nature; leave them out unless there are no others.
   const std::int64_t first = std::max(causal ? std::min(keys / 4, std::int64_t{256}) : 0, first_query());
-  const std::int64_t sampled = std::min(dial_rows, keys - first);
-  Random strata(options_.seed, {dial_stream, q_index});
+  const std::int64_t sampled = std::min(kDialRows, keys - first);
+  Random strata(options_.seed, {kDialStream, q_index});
   std::vector<std::int64_t> positions;
   std::vector<float> queries(sampled * dim);
   for (std::int64_t r = 0; r < sampled; ++r) {
@@ -128,12 +128,12 @@ double Generator::dial(std::int64_t q_index) const {
     head.queries(q_index % group(), positions.back(), 1, {queries.data() + r * dim, static_cast<std::size_t>(dim)});
   }
   std::vector<std::vector<float>> logits(sampled);
-  std::vector<float> block(block_rows * dim);
-  std::vector<float> columns(block_rows * dim);
-  std::vector<float> products(sampled * block_rows);
+  std::vector<float> block(kBlockRows * dim);
+  std::vector<float> columns(kBlockRows * dim);
+  std::vector<float> products(sampled * kBlockRows);
   const float scale = 1 / std::sqrt(static_cast<float>(dim));
-  for (std::int64_t start = 0; start < keys; start += block_rows) {
-    const std::int64_t count = std::min(block_rows, keys - start);
+  for (std::int64_t start = 0; start < keys; start += kBlockRows) {
+    const std::int64_t count = std::min(kBlockRows, keys - start);
     head.keys(start, count, block);
     for (std::int64_t j = 0; j < count; ++j) {
       for (std::int64_t c = 0; c < dim; ++c) columns[c * count + j] = block[j * dim + c] * scale;

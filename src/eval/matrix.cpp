@@ -6,21 +6,21 @@
 namespace tessera::eval {
 namespace {
 
-constexpr std::int64_t register_rows = 4;
-constexpr std::int64_t register_columns = 8;
+constexpr std::int64_t kRegisterRows = 4;
+constexpr std::int64_t kRegisterColumns = 8;
 
 /// One register block; the fixed bounds let the compiler keep the sums in registers.
 void multiply_block(const float* x, std::int64_t inner, const float* w, std::int64_t columns, float* out,
                     std::int64_t out_stride) {
-  float sums[register_rows][register_columns] = {};
+  float sums[kRegisterRows][kRegisterColumns] = {};
   for (std::int64_t k = 0; k < inner; ++k) {
     const float* w_row = w + k * columns;
-    for (std::int64_t r = 0; r < register_rows; ++r) {
+    for (std::int64_t r = 0; r < kRegisterRows; ++r) {
       const float value = x[r * inner + k];
-      for (std::int64_t c = 0; c < register_columns; ++c) sums[r][c] += value * w_row[c];
+      for (std::int64_t c = 0; c < kRegisterColumns; ++c) sums[r][c] += value * w_row[c];
     }
   }
-  for (std::int64_t r = 0; r < register_rows; ++r) std::copy_n(sums[r], register_columns, out + r * out_stride);
+  for (std::int64_t r = 0; r < kRegisterRows; ++r) std::copy_n(sums[r], kRegisterColumns, out + r * out_stride);
 }
 
 void multiply_edge(const float* x, std::int64_t rows, std::int64_t inner, const float* w, std::int64_t columns,
@@ -38,15 +38,15 @@ void multiply_edge(const float* x, std::int64_t rows, std::int64_t inner, const 
 
 void multiply_rows(const float* x, std::int64_t rows, std::int64_t inner, const float* w, std::int64_t columns,
                    float* out, std::int64_t out_stride) {
-  const std::int64_t whole_columns = columns - columns % register_columns;
+  const std::int64_t whole_columns = columns - columns % kRegisterColumns;
   std::int64_t r = 0;
-  for (; r + register_rows <= rows; r += register_rows) {
+  for (; r + kRegisterRows <= rows; r += kRegisterRows) {
     const float* x_rows = x + r * inner;
     float* out_rows = out + r * out_stride;
-    for (std::int64_t c = 0; c < whole_columns; c += register_columns) {
+    for (std::int64_t c = 0; c < whole_columns; c += kRegisterColumns) {
       multiply_block(x_rows, inner, w + c, columns, out_rows + c, out_stride);
     }
-    multiply_edge(x_rows, register_rows, inner, w, columns, whole_columns, columns, out_rows, out_stride);
+    multiply_edge(x_rows, kRegisterRows, inner, w, columns, whole_columns, columns, out_rows, out_stride);
   }
   multiply_edge(x + r * inner, rows - r, inner, w, columns, 0, columns, out + r * out_stride, out_stride);
 }

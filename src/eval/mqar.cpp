@@ -11,7 +11,7 @@
 namespace tessera::eval {
 namespace {
 
-constexpr std::int64_t vocabulary_limit = std::int64_t{1} << 24;
+constexpr std::int64_t kVocabularyLimit = std::int64_t{1} << 24;
 
 /// `count` different numbers of [0, range), in random order.
 std::vector<std::int64_t> choose_distinct(std::int64_t range, std::int64_t count, Random& random) {
@@ -41,8 +41,8 @@ void check(const MqarOptions& options, std::int64_t asked) {
   require(options.pairs > 0 && options.passes > 0, "pairs is {} and passes {}; expected positive numbers",
           options.pairs, options.passes);
   require(asked > 0 && asked <= options.pairs, "queries is {}; expected 1 to pairs {}", asked, options.pairs);
-  require(options.vocabulary >= 4 && options.vocabulary <= vocabulary_limit, "vocabulary is {}; expected 4 to {}",
-          options.vocabulary, vocabulary_limit);
+  require(options.vocabulary >= 4 && options.vocabulary <= kVocabularyLimit, "vocabulary is {}; expected 4 to {}",
+          options.vocabulary, kVocabularyLimit);
   const std::int64_t half = options.vocabulary / 2;
   require(2 * options.pairs <= half, "pairs is {}; expected at most a quarter of the vocabulary {}", options.pairs,
           options.vocabulary);

@@ -16,8 +16,8 @@
 namespace tessera::eval {
 namespace {
 
-constexpr float never = -std::numeric_limits<float>::infinity();
-constexpr std::int64_t row_step = 4;  // per-row statistics look at every fourth row of a sampled tile
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+constexpr std::int64_t kRowStep = 4;  // per-row statistics look at every fourth row of a sampled tile
 
 std::vector<float> rows_as_float(const TensorView& view, std::int64_t head, std::int64_t rows) {
   std::vector<float> out(rows * view.dim());
@@ -112,8 +112,8 @@ void Evaluation::bound_pages() {
   page_bounds_.resize(2 * d_ * pages);
   for (std::int64_t page = 0; page < pages; ++page) {
     for (std::int64_t c = 0; c < d_; ++c) {
-      float high = never;
-      float low = -never;
+      float high = kNever;
+      float low = -kNever;
       for (std::int64_t j = page * options_.page; j < (page + 1) * options_.page; ++j) {
         high = std::max(high, k_[j * d_ + c] * scale_);
         low = std::min(low, k_[j * d_ + c] * scale_);
@@ -240,7 +240,7 @@ double Evaluation::page_mass(std::span<const float> probabilities, std::int64_t 
     const std::int64_t own = (first + r) / p;
     const std::int64_t visible = causal_ ? own + 1 : pages;
     const std::span<float> row(bounds.data() + r * pages, visible);
-    row[0] = row[own] = -never;
+    row[0] = row[own] = -kNever;
     for (const std::int64_t page : top_indices(row, share_of(visible, options_.budget))) {
       for (std::int64_t j = page * p; j < (page + 1) * p; ++j) mass += probabilities[r * columns + j];
     }
@@ -252,11 +252,11 @@ double Evaluation::output_rel_l1(std::span<const float> probabilities, std::int6
                                  std::span<const std::int64_t> chosen) const {
   std::vector<char> tile_kept(columns / t_, 0);
   for (const std::int64_t tile : chosen) tile_kept[tile] = 1;
-  const std::int64_t sampled = t_ / row_step;
+  const std::int64_t sampled = t_ / kRowStep;
   std::vector<float> weights(2 * sampled * columns, 0.0F);  // all of the sampled rows, then their kept part
   std::vector<double> kept_mass(sampled, 0.0);
   for (std::int64_t r = 0; r < sampled; ++r) {
-    const float* row = probabilities.data() + r * row_step * columns;
+    const float* row = probabilities.data() + r * kRowStep * columns;
     std::copy_n(row, columns, weights.data() + r * columns);
     for (std::int64_t j = 0; j < columns; ++j) {
       if (tile_kept[j / t_]) kept_mass[r] += weights[(sampled + r) * columns + j] = row[j];
@@ -300,7 +300,7 @@ SelectorReport Evaluation::tile_report(std::int64_t query_tile) const {
     return sum;
   };
   const auto choose = [&](std::vector<float> scores) {
-    scores[0] = scores[query_tile] = -never;
+    scores[0] = scores[query_tile] = -kNever;
     return top_indices(scores, budget);
   };
 
@@ -325,7 +325,7 @@ SelectorReport Evaluation::tile_report(std::int64_t query_tile) const {
   while (needed < tiles && sum < 0.95) sum += mass[needed++];
   report.tiles_for_95 = static_cast<double>(needed) / static_cast<double>(tiles);
   double sampled = 0;
-  for (std::int64_t r = 0; r < t_; r += row_step) {
+  for (std::int64_t r = 0; r < t_; r += kRowStep) {
     const std::int64_t visible = causal_ ? first + r + 1 : columns;
     const auto row = rows.begin() + r * columns;
     std::sort(row, row + visible, std::greater<>());

@@ -13,17 +13,17 @@ namespace tessera {
 
 namespace {
 
-constexpr std::size_t length_bytes = 8;
-constexpr std::size_t largest_header = 100'000'000;  // the limit of the format's own library
-constexpr std::size_t data_alignment = 64;           // of the data as a whole, in files that we write
-constexpr std::string_view metadata_key = "__metadata__";
+constexpr std::size_t kLengthBytes = 8;
+constexpr std::size_t kLargestHeader = 100'000'000;  // the limit of the format's own library
+constexpr std::size_t kDataAlignment = 64;           // of the data as a whole, in files that we write
+constexpr std::string_view kMetadataKey = "__metadata__";
 
 struct DTypeName {
   std::string_view name;
   DType dtype;
 };
 /// BOOL comes last: u8 is written as U8.
-constexpr std::array<DTypeName, 8> dtype_names = {{{"F32", DType::f32},
+constexpr std::array<DTypeName, 8> kDtypeNames = {{{"F32", DType::f32},
                                                    {"BF16", DType::bf16},
                                                    {"F16", DType::f16},
                                                    {"F64", DType::f64},
@@ -54,9 +54,9 @@ std::size_t checked_size(std::string_view where, std::span<const std::int64_t> s
 TensorInfo read_tensor(const Json& entry, const std::string& where, std::size_t data_bytes) {
   TensorInfo tensor;
   tensor.dtype_name = get<std::string>(entry, "dtype", where);
-  const auto* known = std::find_if(dtype_names.begin(), dtype_names.end(),
+  const auto* known = std::find_if(kDtypeNames.begin(), kDtypeNames.end(),
                                    [&](const DTypeName& candidate) { return candidate.name == tensor.dtype_name; });
-  require(known != dtype_names.end(), "{}: dtype '{}' is not known; expected F32, BF16, F16, F64, U8, BOOL, I32 or I64",
+  require(known != kDtypeNames.end(), "{}: dtype '{}' is not known; expected F32, BF16, F16, F64, U8, BOOL, I32 or I64",
           where, tensor.dtype_name.substr(0, 32));
   tensor.dtype = known->dtype;
   tensor.shape = get<std::vector<std::int64_t>>(entry, "shape", where);
@@ -95,23 +95,23 @@ SafetensorsFile SafetensorsFile::parse(std::span<const std::byte> bytes, std::st
 }
 
 void SafetensorsFile::read_header(std::span<const std::byte> bytes) {
-  require(bytes.size() >= length_bytes, "{}: {} bytes are too few for a safetensors file", name_, bytes.size());
+  require(bytes.size() >= kLengthBytes, "{}: {} bytes are too few for a safetensors file", name_, bytes.size());
   std::uint64_t header_bytes = 0;
-  for (std::size_t i = 0; i < length_bytes; ++i) {
+  for (std::size_t i = 0; i < kLengthBytes; ++i) {
     header_bytes |= static_cast<std::uint64_t>(std::to_integer<unsigned>(bytes[i])) << (8 * i);
   }
-  require(header_bytes <= bytes.size() - length_bytes, "{}: the header claims {} bytes; the file has {} (truncated?)",
+  require(header_bytes <= bytes.size() - kLengthBytes, "{}: the header claims {} bytes; the file has {} (truncated?)",
           name_, header_bytes, bytes.size());
-  require(header_bytes <= largest_header, "{}: a header of {} bytes is too large; expected at most {}", name_,
-          header_bytes, largest_header);
-  const std::string_view text(reinterpret_cast<const char*>(bytes.data() + length_bytes), header_bytes);
+  require(header_bytes <= kLargestHeader, "{}: a header of {} bytes is too large; expected at most {}", name_,
+          header_bytes, kLargestHeader);
+  const std::string_view text(reinterpret_cast<const char*>(bytes.data() + kLengthBytes), header_bytes);
   require(text.starts_with('{'), "{}: the header does not start with '{{': not a safetensors file", name_);
-  data_ = bytes.subspan(length_bytes + header_bytes);
+  data_ = bytes.subspan(kLengthBytes + header_bytes);
 
-  const Json header = parse_json(text, name_, {.bytes = largest_header, .depth = 8});
+  const Json header = parse_json(text, name_, {.bytes = kLargestHeader, .depth = 8});
   require(header.is_object(), "{}: the header is not an object", name_);
   for (const auto& [key, value] : header.items()) {
-    if (key == metadata_key) {
+    if (key == kMetadataKey) {
       require(value.is_object(), "{}: __metadata__ is not an object", name_);
       for (const auto& [name, text_value] : value.items()) {
         require(text_value.is_string(), "{}: __metadata__ '{}' is not a string", name_, name);
@@ -167,6 +167,7 @@ std::span<const std::byte> SafetensorsFile::checked_bytes(std::string_view tenso
   const TensorInfo& found = info(tensor);
   if (std::find(expected.begin(), expected.end(), found.dtype) == expected.end()) {
     std::vector<std::string_view> names;
+    names.reserve(expected.size());
     for (const DType dtype : expected) names.push_back(name_of(dtype));
     fail("{}: tensor '{}' is {}; expected {}", name_, tensor, found.dtype_name, fmt::join(names, " or "));
   }
@@ -181,16 +182,16 @@ void write_safetensors(const std::filesystem::path& path, std::span<const NamedT
                    [](const NamedTensor* a, const NamedTensor* b) { return size_of(a->dtype) > size_of(b->dtype); });
 
   Json header = Json::object();
-  if (!metadata.empty()) header[std::string(metadata_key)] = metadata;
+  if (!metadata.empty()) header[std::string(kMetadataKey)] = metadata;
   std::size_t end = 0;
   for (const NamedTensor* tensor : order) {
-    require(!tensor->name.empty() && tensor->name != metadata_key && !header.contains(tensor->name),
+    require(!tensor->name.empty() && tensor->name != kMetadataKey && !header.contains(tensor->name),
             "{}: tensor name '{}' is empty, reserved or given twice", path.string(), tensor->name);
     const std::string where = fmt::format("{}: tensor '{}'", path.string(), tensor->name);
     const std::size_t size = checked_size(where, tensor->shape, tensor->dtype);
     require(size == tensor->bytes.size(), "{}: shape [{}] of {} needs {} bytes; got {}", where,
             fmt::join(tensor->shape, ", "), name_of(tensor->dtype), size, tensor->bytes.size());
-    const auto* name = std::find_if(dtype_names.begin(), dtype_names.end(),
+    const auto* name = std::find_if(kDtypeNames.begin(), kDtypeNames.end(),
                                     [&](const DTypeName& known) { return known.dtype == tensor->dtype; });
     header[tensor->name] = {{"dtype", name->name}, {"shape", tensor->shape}, {"data_offsets", {end, end + size}}};
     end += size;
@@ -202,9 +203,9 @@ void write_safetensors(const std::filesystem::path& path, std::span<const NamedT
   } catch (const Json::exception&) {
     fail("{}: a tensor name or metadata is not valid UTF-8", path.string());
   }
-  text.append((data_alignment - (length_bytes + text.size()) % data_alignment) % data_alignment, ' ');
-  std::string length(length_bytes, '\0');
-  for (std::size_t i = 0; i < length_bytes; ++i) length[i] = static_cast<char>(text.size() >> (8 * i) & 0xFF);
+  text.append((kDataAlignment - (kLengthBytes + text.size()) % kDataAlignment) % kDataAlignment, ' ');
+  std::string length(kLengthBytes, '\0');
+  for (std::size_t i = 0; i < kLengthBytes; ++i) length[i] = static_cast<char>(text.size() >> (8 * i) & 0xFF);
 
   AtomicFile file(path);
   file.write(length);

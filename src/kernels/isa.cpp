@@ -15,7 +15,7 @@ namespace tessera {
 
 namespace {
 
-constexpr std::array<std::string_view, 4> isa_names{"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr std::array<std::string_view, 4> kIsaNames{"portable", "avx2", "avx512", "avx512_bf16"};
 
 #if defined(__x86_64__)
 /// Clang 14 does not know this feature by name.
@@ -52,19 +52,19 @@ bool supported(Isa isa) {
 }  // namespace
 
 std::string_view name_of(Isa isa) {
-  return isa_names.at(static_cast<std::size_t>(isa));
+  return kIsaNames.at(static_cast<std::size_t>(isa));
 }
 
 Isa isa_from_name(std::string_view name) {
-  for (std::size_t i = 0; i < isa_names.size(); ++i) {
-    if (isa_names[i] == name) return static_cast<Isa>(i);
+  for (std::size_t i = 0; i < kIsaNames.size(); ++i) {
+    if (kIsaNames[i] == name) return static_cast<Isa>(i);
   }
-  fail("instruction set '{}' is unknown; known: {}", name, fmt::join(isa_names, ", "));
+  fail("instruction set '{}' is unknown; known: {}", name, fmt::join(kIsaNames, ", "));
 }
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> isas;
-  for (std::size_t i = 0; i < isa_names.size(); ++i) {
+  for (std::size_t i = 0; i < kIsaNames.size(); ++i) {
     if (supported(static_cast<Isa>(i))) isas.push_back(static_cast<Isa>(i));
   }
   return isas;

@@ -13,7 +13,7 @@ namespace tessera {
 
 namespace {
 
-constexpr std::array<std::string_view, 5> kernel_names{"automatic", "reference", "query-major", "key-major",
+constexpr std::array<std::string_view, 5> kKernelNames{"automatic", "reference", "query-major", "key-major",
                                                        "split-key"};
 
 void check_outputs(const Problem& problem, const AttentionOutputs& outputs) {
@@ -68,7 +68,7 @@ KernelKind choose_kernel(const Plan& plan) {
 }  // namespace
 
 std::string_view name_of(KernelKind kind) {
-  return kernel_names.at(static_cast<std::size_t>(kind));
+  return kKernelNames.at(static_cast<std::size_t>(kind));
 }
 
 RunReport run(const Plan& plan, const AttentionInputs& inputs, const AttentionOutputs& outputs,

@@ -15,10 +15,10 @@ struct NamedKind {
   std::string_view name;
   HeadPattern::Kind kind;
 };
-constexpr std::array<NamedKind, 4> kinds{{{"vertical_and_slash", HeadPattern::Kind::vertical_and_slash},
-                                          {"stream_llm", HeadPattern::Kind::stream_llm},
-                                          {"a_shape", HeadPattern::Kind::stream_llm},
-                                          {"block_sparse", HeadPattern::Kind::block_sparse}}};
+constexpr std::array<NamedKind, 4> kKinds{{{"vertical_and_slash", HeadPattern::Kind::vertical_and_slash},
+                                           {"stream_llm", HeadPattern::Kind::stream_llm},
+                                           {"a_shape", HeadPattern::Kind::stream_llm},
+                                           {"block_sparse", HeadPattern::Kind::block_sparse}}};
 
 std::int64_t head_number(const std::string& text, std::string_view where) {
   std::int64_t head = -1;
@@ -34,7 +34,7 @@ HeadPattern pattern_of(const Json& value, std::string_view where) {
   const std::string name = value[0].get<std::string>();
   HeadPattern pattern;
   bool known = false;
-  for (const NamedKind& kind : kinds) {
+  for (const NamedKind& kind : kKinds) {
     if (kind.name != name) continue;
     pattern.kind = kind.kind;
     known = true;
@@ -43,8 +43,8 @@ HeadPattern pattern_of(const Json& value, std::string_view where) {
           name);
   for (const std::size_t i : {std::size_t{1}, std::size_t{2}}) {
     const bool valid = value[i].is_number_integer() && value[i].get<double>() >= 0 &&
-                       value[i].get<double>() <= static_cast<double>(most_tokens);
-    require(valid, "{}: size {} is not an integer in [0, {}]", where, value[i].dump(), most_tokens);
+                       value[i].get<double>() <= static_cast<double>(kMostTokens);
+    require(valid, "{}: size {} is not an integer in [0, {}]", where, value[i].dump(), kMostTokens);
   }
   pattern.first = value[1].get<std::int64_t>();
   pattern.second = value[2].get<std::int64_t>();

@@ -21,7 +21,7 @@
 namespace tessera {
 
 /// Largest value of parameters that count tokens: token indices are 32-bit.
-inline constexpr std::int64_t most_tokens = 2147483647;
+inline constexpr std::int64_t kMostTokens = 2147483647;
 
 /// Collects references to the fields of one parameter struct; valid as long as the struct.
 class ParameterList {

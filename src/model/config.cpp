@@ -9,9 +9,9 @@ namespace tessera::model {
 namespace {
 
 // Far above every model there is; products of two stay far below 2^63.
-constexpr std::int64_t largest_size = std::int64_t{1} << 26;
-constexpr std::int64_t most_layers = 4096;
-constexpr std::int64_t most_positions = std::int64_t{1} << 31;
+constexpr std::int64_t kLargestSize = std::int64_t{1} << 26;
+constexpr std::int64_t kMostLayers = 4096;
+constexpr std::int64_t kMostPositions = std::int64_t{1} << 31;
 
 class Reader {
  public:
@@ -119,10 +119,10 @@ ModelConfig read_config(const Json& json, std::string_view name) {
   check_absent(reader);
 
   ModelConfig config;
-  config.vocab_size = reader.size("vocab_size", largest_size);
-  config.hidden_size = reader.size("hidden_size", largest_size);
-  config.intermediate_size = reader.size("intermediate_size", largest_size);
-  config.layers = reader.size("num_hidden_layers", most_layers);
+  config.vocab_size = reader.size("vocab_size", kLargestSize);
+  config.hidden_size = reader.size("hidden_size", kLargestSize);
+  config.intermediate_size = reader.size("intermediate_size", kLargestSize);
+  config.layers = reader.size("num_hidden_layers", kMostLayers);
   config.q_heads = reader.size("num_attention_heads", 65536);
   config.kv_heads = reader.size_or("num_key_value_heads", config.q_heads, 65536);
   require(config.q_heads % config.kv_heads == 0, "{}: num_key_value_heads {} does not divide num_attention_heads {}",
@@ -136,7 +136,7 @@ ModelConfig read_config(const Json& json, std::string_view name) {
     config.head_dim = reader.size("head_dim", 65536);
   }
   require(config.head_dim % 2 == 0, "{}: head_dim is {}; rotary embedding needs an even number", name, config.head_dim);
-  config.max_positions = reader.size("max_position_embeddings", most_positions);
+  config.max_positions = reader.size("max_position_embeddings", kMostPositions);
   config.rope_theta = read_rope_theta(reader);
   config.norm_epsilon = reader.positive("rms_norm_eps", get<double>(json, "rms_norm_eps", name));
   config.tied_head = reader.or_default<bool>("tie_word_embeddings", false);

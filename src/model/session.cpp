@@ -12,9 +12,9 @@ namespace tessera {
 namespace {
 
 /// The default chunk: activations of one pass stay below this.
-constexpr std::int64_t activation_bytes = std::int64_t{1} << 30;
+constexpr std::int64_t kActivationBytes = std::int64_t{1} << 30;
 /// A slice of logits stays below this.
-constexpr std::int64_t logit_bytes = std::int64_t{1} << 25;
+constexpr std::int64_t kLogitBytes = std::int64_t{1} << 25;
 
 double milliseconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
@@ -138,7 +138,7 @@ class Session::Implementation {
 
   std::int64_t chunk_length(std::int64_t total) const {
     if (options_.chunk) return *options_.chunk == 0 ? total : *options_.chunk;
-    const std::int64_t fitting = activation_bytes / model::Decoder::bytes_per_token(model_.config());
+    const std::int64_t fitting = kActivationBytes / model::Decoder::bytes_per_token(model_.config());
     // Whole query tiles, so that methods see the same tiles in every chunk.
     return std::min(total, std::max<std::int64_t>(fitting / 1024 * 1024, 1024));
   }
@@ -164,7 +164,7 @@ class Session::Implementation {
     const auto start = std::chrono::steady_clock::now();
     const ModelConfig& config = model_.config();
     const auto width = static_cast<std::size_t>(config.hidden_size);
-    const auto fitting = logit_bytes / (config.vocab_size * static_cast<std::int64_t>(sizeof(float)));
+    const auto fitting = kLogitBytes / (config.vocab_size * static_cast<std::int64_t>(sizeof(float)));
     const auto slice = static_cast<std::size_t>(std::clamp<std::int64_t>(fitting, 1, 1024));
     for (std::size_t first = 0; first < hidden.size() / width; first += slice) {
       const std::size_t rows = std::min(slice, hidden.size() / width - first);

@@ -11,7 +11,7 @@ namespace tessera::model {
 
 namespace {
 
-constexpr std::string_view supported =
+constexpr std::string_view kSupported =
     "supported: byte-level BPE without merges (model.type 'BPE', pre_tokenizer 'ByteLevel', no normalizer)";
 
 /// UTF-8 of a code point below 2048.
@@ -50,11 +50,11 @@ std::optional<std::string> spelt_bytes(const std::string& entry,
 void check_part(const Json& json, std::string_view key, std::string_view type, bool required, std::string_view name) {
   const auto part = get_optional<Json>(json, key, name);
   if (!part) {
-    require(!required, "{}: '{}' is missing; {}", name, key, supported);
+    require(!required, "{}: '{}' is missing; {}", name, key, kSupported);
     return;
   }
   const auto actual = get<std::string>(*part, "type", fmt::format("{}: '{}'", name, key));
-  require(actual == type, "{}: {} of type '{}' is not supported; {}", name, key, actual, supported);
+  require(actual == type, "{}: {} of type '{}' is not supported; {}", name, key, actual, kSupported);
 }
 
 std::int64_t checked_id(const Json& value, std::string_view entry, std::string_view name, std::int64_t vocab_size) {
@@ -87,17 +87,17 @@ Tokenizer Tokenizer::read(const Json& json, std::string_view name, std::int64_t 
   const std::string where = fmt::format("{}: 'model'", name);
   // Early files leave the type of BPE models out.
   const auto type = get_or<std::string>(model, "type", where, "BPE");
-  require(type == "BPE", "{}: model.type '{}' is not supported; {}", name, type, supported);
+  require(type == "BPE", "{}: model.type '{}' is not supported; {}", name, type, kSupported);
   const auto merges = get_optional<Json>(model, "merges", where);
   require(!merges || merges->empty(), "{}: model.merges has {} entries, which are not supported; {}", name,
-          merges ? merges->size() : 0, supported);
+          merges ? merges->size() : 0, kSupported);
   require(!get_optional<Json>(json, "normalizer", name), "{}: 'normalizer' is set, which is not supported; {}", name,
-          supported);
+          kSupported);
   check_part(json, "pre_tokenizer", "ByteLevel", true, name);
   check_part(json, "decoder", "ByteLevel", false, name);
   const auto splitter = get<Json>(json, "pre_tokenizer", name);
   require(!get_or<bool>(splitter, "add_prefix_space", fmt::format("{}: 'pre_tokenizer'", name), false),
-          "{}: pre_tokenizer.add_prefix_space is true, which is not supported; {}", name, supported);
+          "{}: pre_tokenizer.add_prefix_space is true, which is not supported; {}", name, kSupported);
 
   // Added tokens also stand in the vocabulary or not, as the writer pleases: they win.
   std::map<std::int64_t, std::string> added;
@@ -135,7 +135,7 @@ Tokenizer Tokenizer::read(const Json& json, std::string_view name, std::int64_t 
     }
     auto bytes = spelt_bytes(entry, table);
     require(bytes.has_value(), "{}: token '{}' is not spelt in byte-level characters; {}", name, entry.substr(0, 60),
-            supported);
+            kSupported);
     place(id, *std::move(bytes));
   }
   return tokenizer;

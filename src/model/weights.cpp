@@ -13,22 +13,22 @@ namespace tessera::model {
 
 namespace {
 
-constexpr std::string_view single_file = "model.safetensors";
-constexpr std::string_view index_file = "model.safetensors.index.json";
+constexpr std::string_view kSingleFile = "model.safetensors";
+constexpr std::string_view kIndexFile = "model.safetensors.index.json";
 
 /// The tensors of one or several files by name.
 class TensorIndex {
  public:
   TensorIndex(const std::filesystem::path& folder, std::vector<SafetensorsFile>& files) : files_(files) {
     std::error_code ignored;
-    if (std::filesystem::exists(folder / single_file, ignored)) {
-      add(folder / single_file);
-      place_ = (folder / single_file).string();
+    if (std::filesystem::exists(folder / kSingleFile, ignored)) {
+      add(folder / kSingleFile);
+      place_ = (folder / kSingleFile).string();
       return;
     }
-    const auto path = folder / index_file;
-    require(std::filesystem::exists(path, ignored), "{}: there is neither {} nor {}", folder.string(), single_file,
-            index_file);
+    const auto path = folder / kIndexFile;
+    require(std::filesystem::exists(path, ignored), "{}: there is neither {} nor {}", folder.string(), kSingleFile,
+            kIndexFile);
     place_ = path.string();
     const Json map = get<Json>(parse_json_file(path), "weight_map", place_);
     require(map.is_object(), "{}: 'weight_map' is no object", place_);

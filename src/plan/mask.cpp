@@ -10,13 +10,13 @@ namespace tessera {
 
 namespace {
 
-constexpr double largest_mask = 2147483648.0;  // 2^31 elements
+constexpr double kLargestMask = 2147483648.0;  // 2^31 elements
 
 void check_mask_size(const Problem& problem) {
   const double batch = problem.variable_length() ? 1.0 : static_cast<double>(problem.batch);
   const double size = batch * static_cast<double>(problem.q_heads) * static_cast<double>(problem.q_len) *
                       static_cast<double>(problem.kv_len);
-  require(size <= largest_mask, "a dense mask of {} elements is too large; expected at most 2^31", size);
+  require(size <= kLargestMask, "a dense mask of {} elements is too large; expected at most 2^31", size);
 }
 
 std::int64_t mask_batch(const Problem& problem) {

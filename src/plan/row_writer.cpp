@@ -9,7 +9,7 @@ namespace tessera {
 namespace {
 
 /// Stretches below this length are gathered: an entry costs as much memory as six tokens and a kernel pads it anyway.
-constexpr std::int64_t short_run = 16;
+constexpr std::int64_t kShortRun = 16;
 
 }  // namespace
 
@@ -59,7 +59,7 @@ void RowWriter::finish_row() {
       ++last;
     }
     const std::span<const Segment> group(segments_.data() + i, last - i);
-    if (group.back().end - group.front().begin < short_run) {
+    if (group.back().end - group.front().begin < kShortRun) {
       short_.insert(short_.end(), group.begin(), group.end());
     } else {
       write_run(group);

@@ -12,8 +12,8 @@ namespace tessera {
 
 namespace {
 
-constexpr std::string_view format_name = "tessera-plan";
-constexpr std::string_view format_version = "1";
+constexpr std::string_view kFormatName = "tessera-plan";
+constexpr std::string_view kFormatVersion = "1";
 
 // ---- problem and small fields as JSON
 
@@ -194,7 +194,7 @@ void save(const Plan& plan, const std::filesystem::path& path) {
   add("key_order_begin", DType::i64, key_order.begin);
   write_safetensors(
       path, tensors,
-      {{"format", std::string(format_name)}, {"version", std::string(format_version)}, {"plan", fields_text}});
+      {{"format", std::string(kFormatName)}, {"version", std::string(kFormatVersion)}, {"plan", fields_text}});
 }
 
 Plan read_plan(const SafetensorsFile& file) {
@@ -203,10 +203,10 @@ Plan read_plan(const SafetensorsFile& file) {
     const auto found = metadata.find(key);
     return found == metadata.end() ? std::string() : found->second;
   };
-  require(text_of("format") == format_name, "{}: not a plan file: metadata 'format' is '{}'; expected '{}'",
-          file.name(), text_of("format").substr(0, 32), format_name);
-  require(text_of("version") == format_version, "{}: plan format version '{}'; expected '{}'", file.name(),
-          text_of("version").substr(0, 32), format_version);
+  require(text_of("format") == kFormatName, "{}: not a plan file: metadata 'format' is '{}'; expected '{}'",
+          file.name(), text_of("format").substr(0, 32), kFormatName);
+  require(text_of("version") == kFormatVersion, "{}: plan format version '{}'; expected '{}'", file.name(),
+          text_of("version").substr(0, 32), kFormatVersion);
   const std::string where = file.name() + ": metadata 'plan'";
   const Json fields = parse_json(text_of("plan"), where);
 

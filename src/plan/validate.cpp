@@ -14,7 +14,7 @@ namespace tessera {
 
 namespace {
 
-constexpr std::int64_t largest_index = std::numeric_limits<std::int32_t>::max();
+constexpr std::int64_t kLargestIndex = std::numeric_limits<std::int32_t>::max();
 
 /// Maximum of key positions over any range of places, by chunks.
 class ChunkMaximum {
@@ -115,16 +115,16 @@ void check_frame(const Plan& plan) {
 void check_tables(const Plan& plan) {
   require(!plan.bands.empty() && plan.bands.front() == Window{-1, 0}, "bands[0] must be the causal window (-1, 0)");
   for (const Window& band : plan.bands) {
-    require(band.left >= -1 && band.right >= -1 && band.left <= largest_index && band.right <= largest_index,
-            "band is ({}, {}); expected -1 (unlimited) to {}", band.left, band.right, largest_index);
+    require(band.left >= -1 && band.right >= -1 && band.left <= kLargestIndex && band.right <= kLargestIndex,
+            "band is ({}, {}); expected -1 (unlimited) to {}", band.left, band.right, kLargestIndex);
   }
   require(!plan.sources.empty() && plan.sources.size() <= 65536, "the plan has {} key sources; expected 1 to 65536",
           plan.sources.size());
   require(plan.sources[0].keys == 0 && !plan.sources[0].repeats_allowed,
           "source 0 must be the raw keys: keys 0, no repeats");
   for (const KeySourceInfo& source : plan.sources) {
-    require(source.keys >= 0 && source.keys <= largest_index, "source '{}' has {} keys; expected 0 to {}", source.name,
-            source.keys, largest_index);
+    require(source.keys >= 0 && source.keys <= kLargestIndex, "source '{}' has {} keys; expected 0 to {}", source.name,
+            source.keys, kLargestIndex);
   }
 }
 

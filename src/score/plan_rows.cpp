@@ -8,7 +8,7 @@ namespace tessera::score {
 namespace {
 
 /// Shorter stretches of neighbouring keys are cheaper as part of a gather list than as entries of their own.
-constexpr std::size_t shortest_run = 16;
+constexpr std::size_t kShortestRun = 16;
 
 }  // namespace
 
@@ -74,7 +74,7 @@ void PlanRow::selected_keys(const QueryTiles& geometry, std::int64_t tile, std::
   while (i < selected.size() && selected[i] < common) {
     std::size_t end = i + 1;
     while (end < selected.size() && selected[end] < common && selected[end] == selected[end - 1] + 1) ++end;
-    if (end - i >= shortest_run) {
+    if (end - i >= kShortestRun) {
       run(selected[i], selected[i] + static_cast<std::int64_t>(end - i));
     } else {
       single.insert(single.end(), selected.begin() + static_cast<std::ptrdiff_t>(i),

@@ -12,7 +12,7 @@ namespace tessera::score {
 
 namespace {
 
-constexpr std::int64_t panel_keys = 1024;
+constexpr std::int64_t kPanelKeys = 1024;
 
 /// Folds one panel of scores into a row's running maximum and sum.
 void accumulate(float* row, std::int64_t count, float& maximum, float& sum) {
@@ -28,7 +28,7 @@ void accumulate(float* row, std::int64_t count, float& maximum, float& sum) {
 
 void probe_rows(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence, std::int64_t q_head,
                 std::int64_t first, std::int64_t rows, bool want_offsets, LineScores& out, ProbeBuffers& buffers) {
-  const QueryTiles geometry(problem, sequence, std::max<std::int64_t>(1, rows), panel_keys);
+  const QueryTiles geometry(problem, sequence, std::max<std::int64_t>(1, rows), kPanelKeys);
   const std::int64_t dim = problem.head_dim;
   const std::int64_t kv_head = q_head / problem.group();
   const std::int64_t first_position = geometry.offset + first;
@@ -41,22 +41,22 @@ void probe_rows(const Problem& problem, const AttentionInputs& inputs, std::int6
 
   buffers.queries.resize(static_cast<std::size_t>(rows * dim));
   load_queries(problem, inputs, sequence, q_head, first, rows, buffers.queries.data());
-  buffers.scores.resize(static_cast<std::size_t>(rows * panel_keys));
+  buffers.scores.resize(static_cast<std::size_t>(rows * kPanelKeys));
   buffers.maximum.assign(static_cast<std::size_t>(rows), -std::numeric_limits<float>::infinity());
   buffers.sum.assign(static_cast<std::size_t>(rows), 0.0F);
   // Pair (r, j) lies on diagonal j - r + rows - 1: ascending in j for each row, so the inner loop is contiguous.
   buffers.diagonals.assign(static_cast<std::size_t>(want_offsets ? keys + rows : 0), 0.0F);
 
   for (const bool second_pass : {false, true}) {
-    for (std::int64_t begin = 0; begin < keys; begin += panel_keys) {
-      const std::int64_t count = std::min(panel_keys, keys - begin);
+    for (std::int64_t begin = 0; begin < keys; begin += kPanelKeys) {
+      const std::int64_t count = std::min(kPanelKeys, keys - begin);
       const float* panel = key_rows(problem, inputs, sequence, kv_head, begin, count, count, buffers.keys);
       multiply_transposed(buffers.queries.data(), rows, dim, panel, count, dim, dim, problem.softmax_scale(),
-                          buffers.scores.data(), panel_keys);
+                          buffers.scores.data(), kPanelKeys);
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t visible = std::min(count, geometry.keys_visible_from(first_position + r) - begin);
         if (visible <= 0) continue;
-        float* row = buffers.scores.data() + r * panel_keys;
+        float* row = buffers.scores.data() + r * kPanelKeys;
         if (!second_pass) {
           accumulate(row, visible, buffers.maximum[r], buffers.sum[r]);
           continue;

@@ -12,7 +12,7 @@ namespace tessera::score {
 
 namespace {
 
-constexpr std::int64_t panel_rows = 256;  // groups of queries and of keys in one matrix product
+constexpr std::int64_t kPanelRows = 256;  // groups of queries and of keys in one matrix product
 
 std::int64_t ceil_division(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
@@ -38,7 +38,7 @@ void load_reversed_groups(const Problem& problem, const AttentionInputs& inputs,
 }  // namespace
 
 std::int64_t tiles_per_band(const TileMassOptions& options) {
-  return std::max<std::int64_t>(1, panel_rows * options.stride / options.tile_q);
+  return std::max<std::int64_t>(1, kPanelRows * options.stride / options.tile_q);
 }
 
 void tile_mass(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence, std::int64_t q_head,
@@ -56,7 +56,7 @@ void tile_mass(const Problem& problem, const AttentionInputs& inputs, std::int64
   const std::int64_t groups = ceil_division(queries, stride);
   const std::int64_t key_groups = ceil_division(geometry.keys, stride);
   const std::int64_t tile_groups = options.tile_k / stride;
-  const std::int64_t panel_tiles = std::max<std::int64_t>(1, panel_rows / tile_groups);
+  const std::int64_t panel_tiles = std::max<std::int64_t>(1, kPanelRows / tile_groups);
   const std::int64_t panel_groups = panel_tiles * tile_groups;
   const std::int64_t depth = stride * problem.head_dim;
   const std::int64_t kv_head = q_head / problem.group();

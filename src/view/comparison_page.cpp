@@ -8,7 +8,7 @@ namespace tessera {
 
 namespace {
 
-constexpr std::string_view style = R"css(
+constexpr std::string_view kStyle = R"css(
 :root { --text: #1b1f24; --soft: #57606a; --line: #d8dee4; --page: #ffffff; --marker: #d95f02; }
 body { margin: 2rem auto; max-width: 76rem; padding: 0 1.5rem; background: var(--page); color: var(--text);
        font: 16px/1.5 system-ui, "Liberation Sans", "DejaVu Sans", sans-serif; }
@@ -130,7 +130,7 @@ std::string html_of(const ComparisonPage& page) {
   std::string html = fmt::format(
       "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n<meta name=viewport "
       "content=\"width=device-width\">\n<title>Tessera: {}, {} tokens</title>\n<style>{}</style>\n</head>\n<body>\n",
-      escape(page.document), page.tokens, style);
+      escape(page.document), page.tokens, kStyle);
   html += "<h1>One document, one model, several ways to attend</h1>\n";
   html += fmt::format(
       "<p>{} ({} tokens) through {}, on {}. A pass key, {}, is planted {:.0f} % into the document; the last line asks "

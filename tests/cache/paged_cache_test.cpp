@@ -9,15 +9,15 @@
 namespace tessera {
 namespace {
 
-constexpr std::int64_t heads = 3;
-constexpr std::int64_t head_dim = 5;
-constexpr std::int64_t value_dim = 7;
+constexpr std::int64_t kHeads = 3;
+constexpr std::int64_t kHeadDim = 5;
+constexpr std::int64_t kValueDim = 7;
 
 PagedCacheShape shape_of(DType dtype) {
   return {.layers = 2,
-          .kv_heads = heads,
-          .head_dim = head_dim,
-          .value_dim = value_dim,
+          .kv_heads = kHeads,
+          .head_dim = kHeadDim,
+          .value_dim = kValueDim,
           .dtype = dtype,
           .page_size = 16,
           .capacity = 1000};
@@ -34,9 +34,9 @@ void append(PagedCache& cache, std::int64_t first, std::int64_t count) {
     std::vector<float> keys;
     std::vector<float> values;
     for (std::int64_t token = first; token < first + count; ++token) {
-      for (std::int64_t head = 0; head < heads; ++head) {
-        for (std::int64_t i = 0; i < head_dim; ++i) keys.push_back(mark(layer, token, head, i));
-        for (std::int64_t i = 0; i < value_dim; ++i) values.push_back(-mark(layer, token, head, i));
+      for (std::int64_t head = 0; head < kHeads; ++head) {
+        for (std::int64_t i = 0; i < kHeadDim; ++i) keys.push_back(mark(layer, token, head, i));
+        for (std::int64_t i = 0; i < kValueDim; ++i) values.push_back(-mark(layer, token, head, i));
       }
     }
     cache.write(layer, first, count, keys.data(), values.data());
@@ -52,11 +52,11 @@ void expect_content(const PagedCache& cache) {
     const TensorView values = cache.values(layer);
     for (std::int64_t token = 0; token < cache.tokens(); ++token) {
       const std::int64_t page = pages.table[static_cast<std::size_t>(token / pages.page_size)];
-      for (std::int64_t head = 0; head < heads; ++head) {
-        for (std::int64_t i = 0; i < value_dim; ++i) {
+      for (std::int64_t head = 0; head < kHeads; ++head) {
+        for (std::int64_t i = 0; i < kValueDim; ++i) {
           const float expected = mark(layer, token, head, i);
           EXPECT_EQ(load_as_float(values.row(page, head, token % pages.page_size), values.dtype, i), -expected);
-          if (i >= head_dim) continue;
+          if (i >= kHeadDim) continue;
           EXPECT_EQ(load_as_float(keys.row(page, head, token % pages.page_size), keys.dtype, i), expected);
         }
       }
@@ -76,7 +76,7 @@ TEST(PagedCacheTest, HoldsWhatWasWritten) {
       EXPECT_EQ(cache.keys(0).data, before);
       EXPECT_EQ(cache.tokens(), tokens);
       EXPECT_EQ(cache.pages(), (tokens + 15) / 16);
-      EXPECT_EQ(cache.memory_bytes(), cache.pages() * 16 * heads * (head_dim + value_dim) * 2 * size_of(dtype));
+      EXPECT_EQ(cache.memory_bytes(), cache.pages() * 16 * kHeads * (kHeadDim + kValueDim) * 2 * size_of(dtype));
     }
     expect_content(cache);
     cache.reset();

@@ -10,7 +10,7 @@
 namespace tessera {
 namespace {
 
-constexpr double margin = 0.05;
+constexpr double kMargin = 0.05;
 
 eval::SelectorReport evaluate(const std::string& kind) {
   HeadOptions options;
@@ -28,23 +28,23 @@ double best_tile_selector(const eval::SelectorReport& r) {
 TEST(HeadsAcceptance, LinesAreWonByVerticalSlash) {
   for (const char* kind : {"vertical", "slash", "vertical-slash"}) {
     const eval::SelectorReport r = evaluate(kind);
-    EXPECT_GT(r.vertical_slash, std::max({r.window, r.pooled, r.antidiagonal}) + margin) << kind;
+    EXPECT_GT(r.vertical_slash, std::max({r.window, r.pooled, r.antidiagonal}) + kMargin) << kind;
   }
 }
 
 TEST(HeadsAcceptance, BlocksAreWonByAntidiagonalSums) {
   const eval::SelectorReport r = evaluate("blocks");
-  EXPECT_GT(r.antidiagonal, std::max(r.window, r.vertical_slash) + margin);
+  EXPECT_GT(r.antidiagonal, std::max(r.window, r.vertical_slash) + kMargin);
 }
 
 TEST(HeadsAcceptance, RetrievalIsWonByPages) {
   const eval::SelectorReport r = evaluate("retrieval");
-  EXPECT_GT(r.page_bound, std::max(best_tile_selector(r), r.oracle_tiles) + margin);
+  EXPECT_GT(r.page_bound, std::max(best_tile_selector(r), r.oracle_tiles) + kMargin);
 }
 
 TEST(HeadsAcceptance, CoherentRetrievalIsWithinReachOfTiles) {
   const eval::SelectorReport r = evaluate("retrieval-coherent");
-  EXPECT_GT(r.antidiagonal, std::max(r.window, r.vertical_slash) + margin);
+  EXPECT_GT(r.antidiagonal, std::max(r.window, r.vertical_slash) + kMargin);
 }
 
 TEST(HeadsAcceptance, ScatteredClustersAndNoiseAreLostOnTiles) {

@@ -12,7 +12,7 @@
 namespace tessera::eval {
 namespace {
 
-constexpr std::int64_t tile_keys = 64;
+constexpr std::int64_t kTileKeys = 64;
 
 const float* row_of(const TensorView& view, std::int64_t row) {
   return reinterpret_cast<const float*>(view.row(0, 0, row));
@@ -23,12 +23,12 @@ using TileScores = std::function<std::vector<float>(const AttentionInputs&, std:
 
 std::vector<float> tile_scores(const AttentionInputs& inputs, std::int64_t position, bool largest) {
   const std::int64_t dim = inputs.q.dim();
-  std::vector<float> scores(position / tile_keys + 1, largest ? -2.0F : 0.0F);
+  std::vector<float> scores(position / kTileKeys + 1, largest ? -2.0F : 0.0F);
   for (std::int64_t j = 0; j <= position; ++j) {
     const float* q = row_of(inputs.q, position);
     const float score = std::inner_product(q, q + dim, row_of(inputs.k, j), 0.0F);
-    float& tile = scores[j / tile_keys];
-    tile = largest ? std::max(tile, score) : tile + score / static_cast<float>(tile_keys);
+    float& tile = scores[j / kTileKeys];
+    tile = largest ? std::max(tile, score) : tile + score / static_cast<float>(kTileKeys);
   }
   return scores;
 }
@@ -41,7 +41,7 @@ std::vector<float> pooled_score(const AttentionInputs& inputs, std::int64_t posi
 }
 /// First tile, then the nearest.
 std::vector<float> sink_and_window(const AttentionInputs&, std::int64_t position) {
-  std::vector<float> scores(position / tile_keys + 1);
+  std::vector<float> scores(position / kTileKeys + 1);
   std::iota(scores.begin(), scores.end(), 0.0F);
   scores[0] = 1e9F;
   return scores;
@@ -50,7 +50,7 @@ std::vector<float> sink_and_window(const AttentionInputs&, std::int64_t position
 /// The best `budget` of the key tiles for each of the queries; no other query is computed.
 Attend select_tiles(const std::vector<std::int64_t>& queries, const TileScores& score, double budget) {
   return attend_by_plan([=](const Problem& problem, const AttentionInputs& inputs) {
-    PlanBuilder builder(problem, 1, tile_keys, 1, 1);
+    PlanBuilder builder(problem, 1, kTileKeys, 1, 1);
     builder.set_query_order(0, {queries.begin(), queries.end()});
     for (const std::int64_t position : queries) {
       const std::vector<float> scores = score(inputs, position);
@@ -60,7 +60,7 @@ Attend select_tiles(const std::vector<std::int64_t>& queries, const TileScores& 
       tiles.resize(std::max<std::int64_t>(1, std::llround(budget * static_cast<double>(tiles.size()))));
       std::sort(tiles.begin(), tiles.end());
       for (const std::int64_t tile : tiles) {
-        builder.tiles(tile, 1, tile == position / tile_keys ? EntryMask::band : EntryMask::none);
+        builder.tiles(tile, 1, tile == position / kTileKeys ? EntryMask::band : EntryMask::none);
       }
       builder.end_row();
     }

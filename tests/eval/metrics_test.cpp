@@ -10,7 +10,7 @@
 namespace tessera {
 namespace {
 
-constexpr float nothing = -std::numeric_limits<float>::infinity();
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 OutputError compare(const std::vector<float>& o, const std::vector<float>& reference, std::int64_t heads,
                     std::int64_t rows, std::int64_t dim, const std::vector<float>& lse = {},
@@ -47,7 +47,7 @@ TEST(OutputError, ByHand) {
 TEST(OutputError, MassFollowsFromTheLses) {
   const std::vector<float> o = {1, 1, 1, 1};
   const float half = std::log(0.5F);
-  const OutputError error = compare(o, o, 1, 4, 1, {half, 0, nothing, nothing}, {0, 0, 0, nothing});
+  const OutputError error = compare(o, o, 1, 4, 1, {half, 0, kNothing, kNothing}, {0, 0, 0, kNothing});
   EXPECT_NEAR(error.softmax_mass, (0.5 + 1 + 0 + 1) / 4, 1e-6);
   EXPECT_EQ(error.softmax_mass_min, 0);
 }

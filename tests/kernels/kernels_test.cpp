@@ -8,8 +8,8 @@
 namespace tessera::testing {
 namespace {
 
-constexpr DType all_dtypes[] = {DType::f32, DType::bf16, DType::f16};
-constexpr std::int64_t all_dims[] = {16, 24, 33, 64, 65, 80, 128, 256, 7};
+constexpr DType kAllDtypes[] = {DType::f32, DType::bf16, DType::f16};
+constexpr std::int64_t kAllDims[] = {16, 24, 33, 64, 65, 80, 128, 256, 7};
 
 Problem small_problem() {
   Problem problem;
@@ -24,10 +24,10 @@ auto pick(Random& random, const Values& values) {
 
 CaseOptions random_options(Random& random) {
   CaseOptions options;
-  options.dtype = pick(random, all_dtypes);
-  options.output = pick(random, all_dtypes);
-  options.head_dim = pick(random, all_dims);
-  options.value_dim = chance(random, 50) ? options.head_dim : pick(random, all_dims);
+  options.dtype = pick(random, kAllDtypes);
+  options.output = pick(random, kAllDtypes);
+  options.head_dim = pick(random, kAllDims);
+  options.value_dim = chance(random, 50) ? options.head_dim : pick(random, kAllDims);
   options.layout = chance(random, 50) ? Layout::bhnd : Layout::bnhd;
   options.row_padding = chance(random, 30) ? 8 : 0;
   return options;
@@ -227,7 +227,7 @@ TEST(Kernels, SmallWorkspaceGivesTheSameResult) {
   problem.kv_heads = 2;
   problem.q_len = problem.kv_len = 300;
   problem.causal = true;
-  for (const DType dtype : all_dtypes) {
+  for (const DType dtype : kAllDtypes) {
     CaseOptions options;
     options.dtype = dtype;
     const KernelCase c(random, dense_plan(problem), options);
@@ -248,7 +248,7 @@ TEST(Kernels, NonFiniteInputsStayInTheirRows) {
   const float infinity = std::numeric_limits<float>::infinity();
   for (const bool in_value : {false, true}) {
     for (const float poison : {nan, infinity}) {
-      for (const DType dtype : all_dtypes) {
+      for (const DType dtype : kAllDtypes) {
         Random random(7);
         Problem problem = small_problem();
         problem.q_heads = 2;

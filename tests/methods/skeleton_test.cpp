@@ -1,5 +1,5 @@
 // The skeleton that newcomers copy compiles and does what it says. It is not in the library's registry.
-#include "../examples/skeleton_method.cpp"
+#include "../examples/skeleton_method.cpp"  // NOLINT(bugprone-suspicious-include): the example is the thing tested
 
 #include <gtest/gtest.h>
 

@@ -154,7 +154,7 @@ TEST(ForwardMethods, DensityAndPlansAreReported) {
   Session session(model, options);
   session.prefill(tokens);
   // Query p sees min(p + 1, 32) keys.
-  EXPECT_NEAR(session.statistics().density(), (31 * 32 / 2 + 269 * 32.0) / (300 * 301 / 2), 1e-9);
+  EXPECT_NEAR(session.statistics().density(), (31 * 32 / 2.0 + 269 * 32.0) / (300 * 301 / 2.0), 1e-9);
   EXPECT_THAT(layers, ::testing::ElementsAre(0, 1, 0, 1, 0, 1));
   EXPECT_EQ(session.statistics().prefill_tokens, 300);
   EXPECT_GT(session.cache_bytes(), 0U);

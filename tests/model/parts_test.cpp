@@ -157,6 +157,7 @@ TEST(SamplerTest, SeedsDecide) {
   const auto draw = [](std::uint64_t seed) {
     Sampler sampler({.temperature = 1, .seed = seed});
     std::vector<std::int32_t> tokens;
+    tokens.reserve(50);
     for (int i = 0; i < 50; ++i) tokens.push_back(sampler.next(std::vector<float>(100, 0.0F)));
     return tokens;
   };

@@ -204,6 +204,7 @@ inline std::vector<std::vector<double>> RandomModel::forward(const std::vector<s
     }
   }
   std::vector<Row> logits;
+  logits.reserve(x.size());
   for (const Row& row : x) {
     logits.push_back(
         times(shape_.tied ? "model.embed_tokens.weight" : "lm_head.weight", norm("model.norm.weight", row)));

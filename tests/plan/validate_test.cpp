@@ -60,7 +60,7 @@ TEST_P(BadPlan, IsRefused) {
   }
 }
 
-constexpr std::int64_t huge = std::int64_t{1} << 62;
+constexpr std::int64_t kHuge = std::int64_t{1} << 62;
 
 INSTANTIATE_TEST_SUITE_P(
     Table, BadPlan,
@@ -77,12 +77,12 @@ INSTANTIATE_TEST_SUITE_P(
         Fault{"entry_begin_empty", [](Plan& p) { p.entry_begin.clear(); }, "entry_begin"},
         Fault{"entry_begin_size", [](Plan& p) { p.entry_begin.push_back(5); }, "entry_begin"},
         Fault{"entry_begin_start", [](Plan& p) { p.entry_begin[0] = -1; }, "entry_begin[0]"},
-        Fault{"entry_begin_decreases", [](Plan& p) { p.entry_begin[1] = huge; }, "decreases"},
+        Fault{"entry_begin_decreases", [](Plan& p) { p.entry_begin[1] = kHuge; }, "decreases"},
         Fault{"entry_begin_end", [](Plan& p) { p.entry_begin.back() = 6; }, "ends at 6"},
         Fault{"entry_count_zero", [](Plan& p) { p.entries[1].count = 0; }, "out of range"},
         Fault{"entry_count_negative", [](Plan& p) { p.entries[1].count = -1; }, "out of range"},
         Fault{"tile_out_of_range", [](Plan& p) { p.entries[0].begin = 4; }, "out of range"},
-        Fault{"tile_begin_huge", [](Plan& p) { p.entries[0].begin = huge; }, "out of range"},
+        Fault{"tile_begin_huge", [](Plan& p) { p.entries[0].begin = kHuge; }, "out of range"},
         Fault{"run_negative", [](Plan& p) { p.entries[1].begin = -1; }, "out of range"},
         Fault{"run_beyond_keys", [](Plan& p) { p.entries[1].begin = 33; }, "out of range"},
         Fault{"gather_beyond_pool", [](Plan& p) { p.entries[2].begin = 4; }, "out of range"},

@@ -14,7 +14,7 @@ namespace {
 
 using testing::ElementsAre;
 using testing::IsEmpty;
-constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 TEST(TopK, TiesGoToTheSmallerIndex) {
   const std::vector<float> scores{1, 3, 3, 2, 3};
@@ -34,7 +34,7 @@ TEST(TopK, ForcedEntriesCountInsideOrOutside) {
 }
 
 TEST(TopK, UndefinedScoresAreKept) {
-  const std::vector<float> scores{1, nan, 3, nan};
+  const std::vector<float> scores{1, kNan, 3, kNan};
   EXPECT_THAT(top_k(scores, 1), ElementsAre(1, 3));
   EXPECT_THAT(top_k(scores, 3), ElementsAre(1, 2, 3));
 }
@@ -68,13 +68,13 @@ TEST(CumulativeMass, ForcedMassCountsFirst) {
 TEST(CumulativeMass, WholeShareAndUndefinedTotalsKeepEverything) {
   const std::vector<float> scores{1, 0, 0};  // the zeros add nothing to the sum
   EXPECT_THAT(select_mass(scores, 1.0, MassRule::topp_incl), ElementsAre(0, 1, 2));
-  const std::vector<float> undefined{1, nan, 2};
+  const std::vector<float> undefined{1, kNan, 2};
   EXPECT_THAT(select_mass(undefined, 0.1, MassRule::topp_incl), ElementsAre(0, 1, 2));
   EXPECT_THAT(select_mass({}, 0.5, MassRule::topp_incl), IsEmpty());
 }
 
 TEST(Threshold, KeepsAboveForcedAndUndefined) {
-  const std::vector<float> scores{0.1F, 0.5F, nan, 0.2F, 0.6F};
+  const std::vector<float> scores{0.1F, 0.5F, kNan, 0.2F, 0.6F};
   const std::vector<std::uint8_t> forced{1, 0, 0, 0, 0};
   EXPECT_THAT(above_threshold(scores, 0.5F, forced), ElementsAre(0, 2, 4));
   EXPECT_THAT(above_threshold(scores, 1.0F), ElementsAre(2));

@@ -89,6 +89,9 @@ inline simde__m256 emulated_upper_half(simde__m512 x) {
   return emulated_cast<simde__m256>(upper);
 }
 
+// Macros of Clang's own headers.
+#undef _mm512_cvtps_ph
+#undef _mm512_extractf32x8_ps
 #define _mm512_cvtepi32_epi16(x) emulated_narrow(x)
 #define _mm512_cvtepu16_epi32(x) emulated_widen(x)
 #define _mm512_cvtepi32_ps(x) emulated_to_float(x)

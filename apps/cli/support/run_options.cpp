@@ -10,7 +10,7 @@ namespace tessera::cli {
 
 namespace {
 
-constexpr std::array kernel_kinds{KernelKind::automatic, KernelKind::reference, KernelKind::query_major,
+constexpr std::array kKernelKinds{KernelKind::automatic, KernelKind::reference, KernelKind::query_major,
                                   KernelKind::key_major, KernelKind::split_key};
 
 template <class Values>
@@ -29,7 +29,7 @@ void add_run_options(CLI::App& command, RunFlags& flags) {
                                  "TESSERA_ISA)",
                                  fmt::join(names_of(supported_isas()), ", ")));
   command.add_option("--threads", flags.threads, "Threads (default: all)");
-  command.add_option("--kernel", flags.kernel, fmt::format("Kernel: {}", fmt::join(names_of(kernel_kinds), ", ")))
+  command.add_option("--kernel", flags.kernel, fmt::format("Kernel: {}", fmt::join(names_of(kKernelKinds), ", ")))
       ->capture_default_str();
 }
 
@@ -43,10 +43,10 @@ RunOptions run_options_of(const RunFlags& flags) {
   } else {
     options.isa = default_isa();
   }
-  const auto kernel = std::find_if(kernel_kinds.begin(), kernel_kinds.end(),
+  const auto kernel = std::find_if(kKernelKinds.begin(), kKernelKinds.end(),
                                    [&](KernelKind kind) { return name_of(kind) == flags.kernel; });
-  require(kernel != kernel_kinds.end(), "unknown kernel '{}'; did you mean '{}'?", flags.kernel,
-          nearest_name(flags.kernel, names_of(kernel_kinds)));
+  require(kernel != kKernelKinds.end(), "unknown kernel '{}'; did you mean '{}'?", flags.kernel,
+          nearest_name(flags.kernel, names_of(kKernelKinds)));
   options.kernel = *kernel;
   require(flags.threads >= 0 && flags.threads <= 4096, "--threads is {}; expected 0 (all) to 4096", flags.threads);
   options.threads = flags.threads;

@@ -25,10 +25,10 @@ double product_rounds(std::int64_t iterations, float* sink) {
     asm volatile("" : "+m"(b));
 #endif
 #pragma GCC unroll 24
-    for (int c = 0; c < chains; ++c) acc[c] = Product::multiply_add(a, b, acc[c]);
+    for (Vec& chain : acc) chain = Product::multiply_add(a, b, chain);
   }
   Vec total = zero();
-  for (int c = 0; c < chains; ++c) total = add(total, acc[c]);
+  for (const Vec& chain : acc) total = add(total, chain);
   *sink = reduce_add(total);
   return 2.0 * static_cast<double>(iterations) * chains * kLanes * Product::kKeysPerWord;
 }

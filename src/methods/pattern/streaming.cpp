@@ -23,9 +23,9 @@ struct Streaming {
     std::int64_t n_local = 3968;
     std::int64_t n_last = 0;
     void visit(ParameterList& v) {
-      v("n_init", n_init, 0, most_tokens, "sinks: first keys that every query sees");
-      v("n_local", n_local, 1, most_tokens, "nearest keys that a query sees, itself included");
-      v("n_last", n_last, 0, most_tokens, "last query rows that see every key (Tri-shape: 100)");
+      v("n_init", n_init, 0, kMostTokens, "sinks: first keys that every query sees");
+      v("n_local", n_local, 1, kMostTokens, "nearest keys that a query sees, itself included");
+      v("n_last", n_last, 0, kMostTokens, "last query rows that see every key (Tri-shape: 100)");
     }
   };
   static constexpr bool reads_inputs = false;

@@ -13,8 +13,8 @@ struct SlidingWindow {
     std::int64_t left = 1023;
     std::int64_t right = 0;
     void visit(ParameterList& v) {
-      v("left", left, -1, most_tokens, "keys before the query that it sees besides itself; -1 = all");
-      v("right", right, -1, most_tokens, "keys after the query that it sees (none when causal); -1 = all");
+      v("left", left, -1, kMostTokens, "keys before the query that it sees besides itself; -1 = all");
+      v("right", right, -1, kMostTokens, "keys after the query that it sees (none when causal); -1 = all");
     }
   };
   static constexpr bool reads_inputs = false;

@@ -25,11 +25,11 @@
 namespace tessera {
 namespace {
 
-constexpr std::int64_t tile = 64;
-constexpr std::int64_t forced_columns = 30;
-constexpr std::int64_t least_columns = 30;
-constexpr std::int64_t forced_offsets = 100;
-constexpr std::int64_t least_offsets = 50;
+constexpr std::int64_t kTile = 64;
+constexpr std::int64_t kForcedColumns = 30;
+constexpr std::int64_t kLeastColumns = 30;
+constexpr std::int64_t kForcedOffsets = 100;
+constexpr std::int64_t kLeastOffsets = 50;
 
 class MInference {
  public:
@@ -46,11 +46,11 @@ class MInference {
     void visit(ParameterList& list) {
       list("pattern", pattern, {"vertical_and_slash", "stream_llm", "block_sparse"},
            "pattern of heads without an entry in the configuration");
-      list("v", v, 0, most_tokens, "vertical-slash: columns kept, at least 30");
-      list("sl", sl, 0, most_tokens, "vertical-slash: distances kept, at least 50");
-      list("n_init", n_init, 0, most_tokens, "stream_llm (A-shape): first keys that every query sees");
-      list("n_local", n_local, 1, most_tokens, "stream_llm (A-shape): nearest keys that a query sees");
-      list("k", k, 1, most_tokens, "block_sparse: key tiles of 64 kept per query tile of 64");
+      list("v", v, 0, kMostTokens, "vertical-slash: columns kept, at least 30");
+      list("sl", sl, 0, kMostTokens, "vertical-slash: distances kept, at least 50");
+      list("n_init", n_init, 0, kMostTokens, "stream_llm (A-shape): first keys that every query sees");
+      list("n_local", n_local, 1, kMostTokens, "stream_llm (A-shape): nearest keys that a query sees");
+      list("k", k, 1, kMostTokens, "block_sparse: key tiles of 64 kept per query tile of 64");
       list("last_q", last_q, 1, 1024, "vertical-slash: query rows of the probe");
       list("dense_layers", dense_layers, 0, 65536, "first layers that run dense");
       list("config", config,
@@ -74,7 +74,7 @@ class MInference {
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
     if (context.layer < params_.dense_layers) return dense_plan(problem);
     require(problem.causal, "minference needs a causal problem: its patterns are distances before the query");
-    score::PlanRows rows(problem, tile, tile, problem.q_heads);
+    score::PlanRows rows(problem, kTile, kTile, problem.q_heads);
     std::vector<Head> heads(static_cast<std::size_t>(rows.blocks()));
     for (std::int64_t b = 0; b < rows.blocks(); ++b) {
       heads[b].pattern = pattern_of(context.layer, rows.head_of(b));
@@ -139,14 +139,14 @@ class MInference {
       const std::int64_t probed = std::min(params_.last_q, queries);
       score::probe_rows(problem, inputs, sequence, q_head, queries - probed, probed, true, own.lines, own.probe);
       head.lines.columns =
-          score::best_lines(own.lines.columns, std::max(head.pattern.first, least_columns), forced_columns);
+          score::best_lines(own.lines.columns, std::max(head.pattern.first, kLeastColumns), kForcedColumns);
       head.lines.offsets =
-          score::best_lines(own.lines.offsets, std::max(head.pattern.second, least_offsets), forced_offsets);
+          score::best_lines(own.lines.offsets, std::max(head.pattern.second, kLeastOffsets), kForcedOffsets);
       std::reverse(head.lines.offsets.begin(), head.lines.offsets.end());
     } else if (head.pattern.kind == HeadPattern::Kind::block_sparse) {
       const auto padded = score::LastTile::padded_rows;
-      head.query_means = score::pool_queries(problem, inputs, sequence, q_head, tile, padded);
-      head.key_means = score::pool_keys(problem, inputs, sequence, q_head / problem.group(), tile, padded);
+      head.query_means = score::pool_queries(problem, inputs, sequence, q_head, kTile, padded);
+      head.key_means = score::pool_keys(problem, inputs, sequence, q_head / problem.group(), kTile, padded);
     }
   }
 

@@ -31,7 +31,7 @@ struct OracleTopK {
     void visit(ParameterList& v) {
       v("unit", unit, {"block", "token"}, "what is selected per query tile: key tiles or single keys");
       v("rule", rule, {"topk", "topp"}, "a fixed number of units, or the fewest that hold a share of the mass");
-      v("k", k, 1, most_tokens, "topk: units kept per query tile");
+      v("k", k, 1, kMostTokens, "topk: units kept per query tile");
       v("p", p, 0, 1, "topp: share of the probability mass to keep; 1 keeps everything");
       v("block_q", block_q, 1, 1024, "rows of query tiles; 1 selects for every query by itself");
       v("block_k", block_k, 8, 1024, "keys of key tiles");

@@ -34,7 +34,7 @@ class XAttention {
       v("tau", tau, 0, 1, "share of the score mass to keep per query tile; 1 keeps everything");
       v("block", block, 16, 1024, "rows of query tiles and keys of key tiles");
       v("norm", norm, 1e-3, 1e3, "divisor of the patch scores");
-      v("dense_below", dense_below, 0, most_tokens, "sequences with fewer keys run dense");
+      v("dense_below", dense_below, 0, kMostTokens, "sequences with fewer keys run dense");
       v("thresholds", thresholds, "JSON file [[tau per query head] per layer]; replaces tau");
     }
   };

@@ -13,7 +13,7 @@ namespace tessera::model {
 namespace {
 
 /// Rows that go through projections together: enough for every thread, few enough to bound the scratch.
-constexpr std::int64_t group_rows = 1024;
+constexpr std::int64_t kGroupRows = 1024;
 
 void size_to(std::vector<float>& buffer, std::int64_t elements) {
   if (static_cast<std::int64_t>(buffer.size()) < elements) buffer.resize(static_cast<std::size_t>(elements));
@@ -45,7 +45,7 @@ std::span<const float> Decoder::forward(std::span<const std::int32_t> tokens, Pa
   size_to(hidden_, rows_ * hidden);
   size_to(queries_, rows_ * config_.q_heads * config_.head_dim);
   size_to(attended_, rows_ * config_.q_heads * config_.head_dim);
-  const std::int64_t group = std::min(rows_, group_rows);
+  const std::int64_t group = std::min(rows_, kGroupRows);
   size_to(normed_, group * hidden);
   size_to(projected_, group * hidden);
   size_to(keys_, group * config_.kv_heads * config_.head_dim);
@@ -75,8 +75,8 @@ void Decoder::project_inputs(const LayerWeights& layer, std::int64_t layer_index
   const std::int64_t hidden = config_.hidden_size;
   const std::int64_t q_width = config_.q_heads * config_.head_dim;
   const std::int64_t kv_width = config_.kv_heads * config_.head_dim;
-  for (std::int64_t first = 0; first < rows_; first += group_rows) {
-    const std::int64_t rows = std::min(group_rows, rows_ - first);
+  for (std::int64_t first = 0; first < rows_; first += kGroupRows) {
+    const std::int64_t rows = std::min(kGroupRows, rows_ - first);
     float* queries = queries_.data() + first * q_width;
     rms_norm(hidden_.data() + first * hidden, rows, layer.attention_norm.values, config_.norm_epsilon, normed_.data(),
              threads);
@@ -128,8 +128,8 @@ void Decoder::finish_layer(const LayerWeights& layer, int threads) {
   const std::int64_t hidden = config_.hidden_size;
   const std::int64_t q_width = config_.q_heads * config_.head_dim;
   const std::int64_t inner = config_.intermediate_size;
-  for (std::int64_t first = 0; first < rows_; first += group_rows) {
-    const std::int64_t rows = std::min(group_rows, rows_ - first);
+  for (std::int64_t first = 0; first < rows_; first += kGroupRows) {
+    const std::int64_t rows = std::min(kGroupRows, rows_ - first);
     float* residual = hidden_.data() + first * hidden;
     linear(layer.o.values, q_width, hidden, attended_.data() + first * q_width, rows, projected_.data(), threads);
     add(residual, projected_.data(), rows, hidden, threads);

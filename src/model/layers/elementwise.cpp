@@ -9,15 +9,15 @@ namespace tessera::model {
 
 namespace {
 
-constexpr std::int64_t rows_per_item = 32;
+constexpr std::int64_t kRowsPerItem = 32;
 
 /// body(row) for every row, 32 rows at a time; a few rows stay on the calling thread.
 template <class Body>
 void for_rows(std::int64_t rows, int threads, const Body& body) {
-  const std::int64_t items = (rows + rows_per_item - 1) / rows_per_item;
+  const std::int64_t items = (rows + kRowsPerItem - 1) / kRowsPerItem;
   parallel_for(items, threads, [&](std::int64_t item, int) {
-    const std::int64_t end = std::min(rows, (item + 1) * rows_per_item);
-    for (std::int64_t row = item * rows_per_item; row < end; ++row) body(row);
+    const std::int64_t end = std::min(rows, (item + 1) * kRowsPerItem);
+    for (std::int64_t row = item * kRowsPerItem; row < end; ++row) body(row);
   });
 }
 

@@ -12,12 +12,12 @@ namespace {
 using test::AttentionCase;
 using test::masks_of;
 
-constexpr std::int64_t tokens = 1024;
+constexpr std::int64_t kTokens = 1024;
 
 /// All queries equal e_0, keys zero: every structure of the scores is what the test plants.
 AttentionCase blank(std::int64_t heads = 1) {
-  AttentionCase input({.name = "blank", .q_heads = heads, .q_len = tokens, .kv_len = tokens});
-  for (std::int64_t n = 0; n < tokens; ++n) {
+  AttentionCase input({.name = "blank", .q_heads = heads, .q_len = kTokens, .kv_len = kTokens});
+  for (std::int64_t n = 0; n < kTokens; ++n) {
     for (std::int64_t d = 0; d < 16; ++d) {
       for (std::int64_t h = 0; h < heads; ++h) input.set_q(0, h, n, d, d == 0 ? 1.0F : 0.0F);
       input.set_k(0, 0, n, d, 0);
@@ -32,27 +32,27 @@ TEST(XAttention, VerticalLineIsFoundAtEveryPlaceInsideAPatch) {
     AttentionCase input = blank();
     input.set_k(0, 0, key, 0, 900);
     const auto mask = masks_of("xattention:stride=16,tau=0.6,block=128", input)[0];
-    for (std::int64_t n = 384; n < tokens; ++n) ASSERT_TRUE(mask.at(n, 256)) << "key " << key << ", query " << n;
+    for (std::int64_t n = 384; n < kTokens; ++n) ASSERT_TRUE(mask.at(n, 256)) << "key " << key << ", query " << n;
     EXPECT_FALSE(mask.at(1023, 512)) << "tiles without mass are left out";
   }
 }
 
 TEST(XAttention, SlashLineOfWidthTwoIsFound) {
   // Queries at position p point at keys p - 384 and p - 385: planted through one random code per position.
-  AttentionCase input({.name = "slash", .q_heads = 1, .q_len = tokens, .kv_len = tokens, .head_dim = 64});
-  for (std::int64_t n = 0; n + 384 < tokens; ++n) {
+  AttentionCase input({.name = "slash", .q_heads = 1, .q_len = kTokens, .kv_len = kTokens, .head_dim = 64});
+  for (std::int64_t n = 0; n + 384 < kTokens; ++n) {
     for (std::int64_t d = 0; d < 64; ++d) {
-      const float next = n + 1 < tokens ? input.k(0, 0, n + 1, d) : 0;
+      const float next = n + 1 < kTokens ? input.k(0, 0, n + 1, d) : 0;
       input.set_q(0, 0, n + 384, d, 3 * input.k(0, 0, n, d) + 0 * next);
     }
   }
-  for (std::int64_t n = 385; n < tokens; ++n) {
+  for (std::int64_t n = 385; n < kTokens; ++n) {
     for (std::int64_t d = 0; d < 64; ++d) {
       input.set_q(0, 0, n, d, 3 * (input.k(0, 0, n - 384, d) + input.k(0, 0, n - 385, d)));
     }
   }
   const auto mask = masks_of("xattention:stride=8,tau=0.7,block=128", input)[0];
-  for (std::int64_t n = 512; n < tokens; ++n) ASSERT_TRUE(mask.at(n, n - 384)) << "query " << n;
+  for (std::int64_t n = 512; n < kTokens; ++n) ASSERT_TRUE(mask.at(n, n - 384)) << "query " << n;
 }
 
 TEST(XAttention, KeepsFirstAndDiagonalTileAtAnyBudget) {
