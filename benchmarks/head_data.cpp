@@ -46,7 +46,7 @@ void selectors(benchmark::State& state, const std::string& kind) {
   }
 }
 
-const bool registered = [] {
+const bool kRegistered = [] {
   for (const eval::Suite& suite : eval::suites()) {
     benchmark::RegisterBenchmark(("make_heads/" + suite.name).c_str(), make_head_data, suite.name)
         ->Arg(32768)

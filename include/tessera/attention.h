@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -70,11 +71,28 @@ Isa default_isa();
 enum class KernelKind : std::uint8_t { automatic, reference, query_major, key_major, split_key };
 std::string_view name_of(KernelKind kind);
 
+/// Memory that calls of run() use again: fresh memory costs a call as much as packing its keys does. Grows to what the
+/// largest call needed and is freed with the object. One call at a time.
+class Workspace {
+ public:
+  Workspace();
+  ~Workspace();
+  Workspace(Workspace&& other) noexcept;
+  Workspace& operator=(Workspace&& other) noexcept;
+
+  struct Memory;
+  Memory& memory() { return *memory_; }
+
+ private:
+  std::unique_ptr<Memory> memory_;
+};
+
 struct RunOptions {
   KernelKind kernel = KernelKind::automatic;
   std::optional<Isa> isa;                               ///< absent: default_isa()
   int threads = 0;                                      ///< 0: OpenMP's default
   std::size_t workspace_bytes = std::size_t{48} << 20;  ///< bound on packed keys and values held at once
+  Workspace* workspace = nullptr;                       ///< memory to use again; null: allocated and freed by the call
 };
 
 /// What happened, for reports.

@@ -12,6 +12,7 @@ struct Call {
   const AttentionOutputs& outputs;
   int threads;
   std::size_t workspace_bytes;
+  Workspace* workspace = nullptr;
 
   const Problem& problem() const { return plan.problem; }
   /// Offset of (sequence, head, query) in outputs.lse: [B, Hq, Nq], or [Hq, total queries] in variable-length batches.

@@ -79,7 +79,8 @@ RunReport run(const Plan& plan, const AttentionInputs& inputs, const AttentionOu
   require(options.threads >= 0, "threads is {}; expected 0 (all) or more", options.threads);
 
   const auto start = std::chrono::steady_clock::now();
-  const kernels::Call call{plan, inputs, outputs, thread_count(options.threads), options.workspace_bytes};
+  const int threads = thread_count(options.threads);
+  const kernels::Call call{plan, inputs, outputs, threads, options.workspace_bytes, options.workspace};
   kernels::clear_uncovered_rows(call);
 
   RunReport report;

@@ -53,6 +53,7 @@ class Session::Implementation {
     choose_methods(options_);
     require(!options_.chunk || *options_.chunk >= 0, "chunk is {}; expected 0 (whole prompt) or more",
             options_.chunk.value_or(0));
+    if (options_.run.workspace == nullptr) options_.run.workspace = &workspace_;
     new_states();
   }
 
@@ -176,6 +177,7 @@ class Session::Implementation {
   }
 
   const Model& model_;
+  Workspace workspace_;
   SessionOptions options_;
   model::Decoder decoder_;
   PagedCache cache_;

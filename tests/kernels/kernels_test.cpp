@@ -242,6 +242,52 @@ TEST(Kernels, SmallWorkspaceGivesTheSameResult) {
   }
 }
 
+/// Scores that climb slowly from block to block: the running maximum lags behind and catches up in jumps.
+TEST(Kernels, SlowlyRisingScoresKeepTheirPrecision) {
+  for (const DType dtype : kAllDtypes) {
+    Random random(21);
+    Problem problem = small_problem();
+    problem.q_len = 40;
+    problem.kv_len = 3000;
+    CaseOptions options;
+    options.dtype = dtype;
+    KernelCase c(random, dense_plan(problem, 128, 128), options);
+    for (std::int64_t head = 0; head < problem.kv_heads; ++head) {
+      for (std::int64_t n = 0; n < problem.kv_len; ++n) {
+        const float height = 0.004F * static_cast<float>(n) + (n > 2000 ? 6.0F : 0.0F);
+        for (std::int64_t d = 0; d < 64; ++d) {
+          store_from_float(c.k.view.row(0, head, n), dtype, d, (d == 0 ? height : 0.02F) * (n % 2 == 0 ? 1.0F : 0.9F));
+        }
+      }
+    }
+    check_all_kernels(c, options, "rising " + std::string(name_of(dtype)));
+  }
+}
+
+/// Calls that share a workspace give what calls without one give, whatever came before them.
+TEST(Kernels, WorkspaceIsReused) {
+  Workspace workspace;
+  for (const std::int64_t length : {300, 40, 700, 120}) {
+    Random random(5);
+    Problem problem = small_problem();
+    problem.q_len = problem.kv_len = length;
+    problem.causal = true;
+    const KernelCase c(random, dense_plan(problem, 16, 16), {});
+    for (const KernelKind kind : {KernelKind::query_major, KernelKind::key_major, KernelKind::split_key}) {
+      if (kind == KernelKind::key_major && !kernels::can_run_key_major(c.plan)) continue;
+      const auto evaluate = [&](Workspace* shared) {
+        return c.evaluate(DType::f32, [&](const AttentionOutputs& outputs) {
+          RunOptions run_options;
+          run_options.kernel = kind;
+          run_options.workspace = shared;
+          run(c.plan, c.inputs, outputs, run_options);
+        });
+      };
+      EXPECT_EQ(evaluate(nullptr).raw, evaluate(&workspace).raw) << name_of(kind) << " " << length;
+    }
+  }
+}
+
 /// NaN and Inf reach exactly the rows that may see them.
 TEST(Kernels, NonFiniteInputsStayInTheirRows) {
   const float nan = std::numeric_limits<float>::quiet_NaN();

@@ -13,7 +13,7 @@ using test::CaseShape;
 using test::masks_of;
 
 /// Specs that select little on the small cases, so that the selection really happens.
-const std::vector<std::string> sparse_specs{"dense",
+const std::vector<std::string> kSparseSpecs{"dense",
                                             "window:left=40",
                                             "streaming:n_init=4,n_local=50",
                                             "streaming:n_init=70,n_local=30,n_last=9",
@@ -28,7 +28,7 @@ const std::vector<std::string> sparse_specs{"dense",
                                             "minference:pattern=block_sparse,k=2"};
 
 /// Specs whose budget is the whole sequence.
-const std::vector<std::string> full_specs{"dense",
+const std::vector<std::string> kFullSpecs{"dense",
                                           "window:left=-1,right=-1",
                                           "window:left=100000,right=100000",
                                           "streaming:n_local=100000",
@@ -70,14 +70,14 @@ bool may_be_empty(const std::string& spec, const AttentionCase& input) {
 
 /// The sparse specs, and every registered method with its defaults.
 std::vector<std::string> specs_to_hold() {
-  std::vector<std::string> specs = sparse_specs;
+  std::vector<std::string> specs = kSparseSpecs;
   for (const MethodEntry& entry : methods()) specs.push_back(entry.info.name);
   return specs;
 }
 
 TEST_P(AllMethods, FullBudgetIsDense) {
   const AttentionCase input(GetParam());
-  for (const std::string& spec : full_specs) {
+  for (const std::string& spec : kFullSpecs) {
     if (!refuses(spec, input)) test::expect_full_budget_is_dense(*make_method(spec), input);
   }
 }
@@ -116,7 +116,7 @@ void copy_sequence(const AttentionCase& a, std::int64_t from, AttentionCase& b, 
 TEST(AllMethods, SelectionIsPerSequence) {
   const AttentionCase together(
       {.name = "varlen", .q_heads = 2, .kv_heads = 2, .q_lens = {130, 70, 33}, .kv_lens = {260, 70, 99}});
-  for (const std::string& spec : sparse_specs) {
+  for (const std::string& spec : kSparseSpecs) {
     const auto masks = masks_of(spec, together);
     for (std::int64_t s = 0; s < 3; ++s) {
       AttentionCase alone({.name = "one",
@@ -140,7 +140,7 @@ TEST(AllMethods, LayoutAndPagesDoNotMatter) {
         CaseShape{.name = "paged", .batch = 2, .q_len = 150, .kv_len = 250, .page_size = 32}}) {
     AttentionCase other(shape, 2);
     for (std::int64_t s = 0; s < 2; ++s) copy_sequence(plain, s, other, s);
-    for (const std::string& spec : sparse_specs) {
+    for (const std::string& spec : kSparseSpecs) {
       EXPECT_TRUE(masks_of(spec, plain) == masks_of(spec, other)) << spec << ", " << shape.name;
     }
   }
@@ -159,7 +159,7 @@ TEST(AllMethods, UndefinedAndHugeScoresNeverEmptyAPlan) {
   for (const float value : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 1e30F}) {
     AttentionCase input({.name = "bad", .q_len = 300, .kv_len = 300});
     for (std::int64_t d = 0; d < 16; ++d) input.set_k(0, 0, 120, d, value);
-    for (const std::string& spec : sparse_specs) {
+    for (const std::string& spec : kSparseSpecs) {
       const auto masks = masks_of(spec, input);
       for (const auto& mask : masks) {
         for (std::int64_t n = 0; n < mask.queries; ++n) {
@@ -187,7 +187,7 @@ TEST(AllMethods, UniformScoresPlanEveryRow) {
   for (std::int64_t n = 0; n < 300; ++n) {
     for (std::int64_t d = 0; d < 16; ++d) input.set_k(0, 0, n, d, 0);
   }
-  for (const std::string& spec : sparse_specs) {
+  for (const std::string& spec : kSparseSpecs) {
     const auto mask = masks_of(spec, input)[0];
     for (std::int64_t n = 0; n < 300; ++n) {
       bool keeps = false;

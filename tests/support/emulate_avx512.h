@@ -8,6 +8,7 @@
 #include <simde/x86/f16c.h>
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
 
 #include "tessera/core.h"
@@ -15,8 +16,8 @@
 // NOLINTBEGIN(bugprone-reserved-identifier): these are the names the kernel text calls
 using __mmask16 = simde__mmask16;
 
-struct EmulatedM256bh {
-  std::uint16_t lanes[16];
+struct EmulatedM512bh {
+  std::uint16_t lanes[32];
 };
 
 template <class To, class From>
@@ -67,11 +68,28 @@ inline simde__m256i emulated_to_half(simde__m512 x) {
   for (int i = 0; i < 16; ++i) halves.lanes[i] = tessera::float_to_f16(floats.lanes[i]);
   return emulated_cast<simde__m256i>(halves);
 }
-inline EmulatedM256bh emulated_to_bf16(simde__m512 x) {
-  const auto floats = emulated_cast<Floats16>(x);
-  EmulatedM256bh halves{};
-  for (int i = 0; i < 16; ++i) halves.lanes[i] = tessera::float_to_bf16(floats.lanes[i]);
+inline EmulatedM512bh emulated_to_bf16(simde__m512 upper, simde__m512 lower) {
+  const auto high = emulated_cast<Floats16>(upper);
+  const auto low = emulated_cast<Floats16>(lower);
+  EmulatedM512bh halves{};
+  for (int i = 0; i < 16; ++i) {
+    halves.lanes[i] = tessera::float_to_bf16(low.lanes[i]);
+    halves.lanes[16 + i] = tessera::float_to_bf16(high.lanes[i]);
+  }
   return halves;
+}
+/// x - round(x); 0 for infinities.
+inline simde__m512 emulated_fraction(simde__m512 x) {
+  auto floats = emulated_cast<Floats16>(x);
+  for (float& y : floats.lanes) y = std::isinf(y) ? 0.0F : y - std::nearbyint(y);
+  return emulated_cast<simde__m512>(floats);
+}
+/// x * 2^floor(exponent).
+inline simde__m512 emulated_scale(simde__m512 x, simde__m512 exponent) {
+  auto floats = emulated_cast<Floats16>(x);
+  const auto exponents = emulated_cast<Floats16>(exponent);
+  for (int i = 0; i < 16; ++i) floats.lanes[i] *= std::exp2(std::floor(exponents.lanes[i]));
+  return emulated_cast<simde__m512>(floats);
 }
 inline float emulated_reduce(simde__m512 x, bool maximum) {
   const auto floats = emulated_cast<Floats16>(x);
@@ -92,12 +110,16 @@ inline simde__m256 emulated_upper_half(simde__m512 x) {
 // Macros of Clang's own headers.
 #undef _mm512_cvtps_ph
 #undef _mm512_extractf32x8_ps
+#undef _mm512_reduce_ps
+#undef _mm512_scalef_ps
 #define _mm512_cvtepi32_epi16(x) emulated_narrow(x)
 #define _mm512_cvtepu16_epi32(x) emulated_widen(x)
 #define _mm512_cvtepi32_ps(x) emulated_to_float(x)
 #define _mm512_cvtph_ps(x) emulated_from_half(x)
 #define _mm512_cvtps_ph(x, rounding) emulated_to_half(x)
-#define _mm512_cvtneps_pbh(x) emulated_to_bf16(x)
+#define _mm512_cvtne2ps_pbh(upper, lower) emulated_to_bf16(upper, lower)
+#define _mm512_reduce_ps(x, rounding) emulated_fraction(x)
+#define _mm512_scalef_ps(x, exponent) emulated_scale(x, exponent)
 #define _mm512_reduce_add_ps(x) emulated_reduce(x, false)
 #define _mm512_reduce_max_ps(x) emulated_reduce(x, true)
 #define _mm512_extractf32x8_ps(x, half) emulated_upper_half(x)

@@ -287,7 +287,9 @@ void run_bench_attention(const Options& options) {
   const DType dtype = dtype_from_name(options.dtype);
   require(is_attention_dtype(dtype), "--dtype is {}; expected f32, bf16 or f16", options.dtype);
   const Problem problem = problem_from(options);
-  const RunOptions run_options = run_options_of(options.run);
+  Workspace workspace;
+  RunOptions run_options = run_options_of(options.run);
+  run_options.workspace = &workspace;
   head_options_of(options, problem);  // an unknown kind of data fails before the work starts
   Subject subject(options, problem, run_options);
   const nlohmann::ordered_json json = to_json(options, subject, measure(options, problem, subject, run_options));

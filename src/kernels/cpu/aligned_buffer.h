@@ -1,25 +1,24 @@
-// Memory for packed panels and scratch: 64-byte aligned, not initialised.
+// Memory for packed panels and scratch: 64-byte aligned, not initialised, in huge pages where it is large.
 #pragma once
 
 #include <cstddef>
 #include <memory>
-#include <new>
 
 namespace tessera::kernels {
 
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
-  explicit AlignedBuffer(std::size_t bytes)
-      : data_(static_cast<std::byte*>(::operator new (bytes == 0 ? alignment : bytes, std::align_val_t{alignment}))) {}
+  explicit AlignedBuffer(std::size_t bytes);
   std::byte* data() const { return data_.get(); }
+  std::size_t bytes() const { return bytes_; }
 
  private:
-  static constexpr std::size_t alignment = 64;
   struct Release {
-    void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{alignment}); }
+    void operator()(std::byte* p) const;
   };
   std::unique_ptr<std::byte, Release> data_;
+  std::size_t bytes_ = 0;
 };
 
 }  // namespace tessera::kernels

@@ -1,8 +1,6 @@
 // One block: up to 128 rows against up to 128 keys. Scores, modifiers, masks, online softmax, output. Included once per
 // level; query-major and key-major kernels fill the scratch differently and share everything here.
 
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
 /// Rows of the next register block. One or two rows left over would run at the latency of their few accumulators, so
 /// the last two blocks share.
 inline std::int64_t register_rows(std::int64_t remaining) {
@@ -81,50 +79,6 @@ inline void modify_row(const Call& call, const ScoreRule& rule, const TileJob& j
   }
 }
 
-inline void store_probabilities(float* row, std::int64_t column, Vec p, FloatProduct /*unused*/) {
-  store(row + column, p);
-}
-
-#if defined(TESSERA_LEVEL_BF16)
-inline void store_probabilities(float* row, std::int64_t column, Vec p, PairProduct /*unused*/) {
-  auto* half = reinterpret_cast<std::uint16_t*>(row) + column;
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(half), std::bit_cast<__m256i>(_mm512_cvtneps_pbh(p)));
-}
-#endif
-
-/// Online softmax of one row over `count` columns: raises the maximum, rescales what was gathered, turns scores into
-/// probabilities in place.
-template <class Product>
-inline void softmax_row(const ScoreRule& rule, const TileShape& shape, TileScratch& scratch, std::int64_t row,
-                        std::int64_t count) {
-  float* scores = scratch.scores + row * kBlockKeys;
-  Vec highest = set1(kMinusInfinity);
-  for (std::int64_t c = 0; c < count; c += kLanes) highest = at_least(load(scores + c), highest);
-  const float raised = reduce_max(highest);
-  const float before = scratch.maximum[row];
-  if (raised > before) {
-    scratch.maximum[row] = raised;
-    if (before != kMinusInfinity) {
-      const float factor = std::exp2((before - raised) * rule.to_log2);
-      scratch.sum[row] *= factor;
-      float* output = scratch.output_rows[row];
-      const Vec scale = set1(factor);
-      for (std::int64_t c = 0; c < shape.value_columns; c += kLanes) store(output + c, mul(load(output + c), scale));
-    }
-  }
-  const float maximum = scratch.maximum[row];
-  // A row without any allowed key so far keeps maximum -inf; subtracting 0 makes its exponents -inf, not NaN.
-  const Vec shift = set1(maximum == kMinusInfinity ? 0.0F : -maximum * rule.to_log2);
-  const Vec factor = set1(rule.to_log2);
-  Vec sum = zero();
-  for (std::int64_t c = 0; c < count; c += kLanes) {
-    const Vec p = exp2(fma(load(scores + c), factor, shift));
-    sum = add(sum, p);
-    store_probabilities(scores, c, p, Product{});
-  }
-  scratch.sum[row] += reduce_add(sum);
-}
-
 inline float probability(const float* row, std::int64_t column, FloatProduct /*unused*/) {
   return row[column];
 }
@@ -155,15 +109,16 @@ inline void add_slow_values(const TileShape& shape, const PackedSource* sources,
   }
 }
 
-/// Scores of `rows` rows from `first` on, for the groups that reach any of their positions.
+/// Scores of rows [begin, end), for the groups that reach any of their positions.
 template <class Product>
-inline void block_scores(const TileShape& shape, TileScratch& scratch, std::int64_t rows) {
+inline void block_scores(const TileShape& shape, TileScratch& scratch, std::int64_t begin, std::int64_t end,
+                         SoftmaxStream<Product>& shadow) {
   for (std::int32_t g = 0; g < scratch.group_count; g += kRegisterPanels) {
     const std::int32_t panels = std::min<std::int32_t>(kRegisterPanels, scratch.group_count - g);
     const std::uint32_t* k[kRegisterPanels];
     for (std::int32_t p = 0; p < panels; ++p) k[p] = scratch.groups[g + p].k;
-    for (std::int64_t first = 0, count = 0; first < rows; first += count) {
-      count = register_rows(rows - first);
+    for (std::int64_t first = begin, count = 0; first < end; first += count) {
+      count = register_rows(end - first);
       bool reached = !scratch.any_masked;
       for (std::int32_t p = 0; p < panels && !reached; ++p) {
         const KeyGroup& group = scratch.groups[g + p];
@@ -175,23 +130,25 @@ inline void block_scores(const TileShape& shape, TileScratch& scratch, std::int6
       float* scores = scratch.scores + first * kBlockKeys + g * kGroupKeys;
       with_count<kRegisterRows>(count, [&](auto row_count) {
         with_count<kRegisterPanels>(panels, [&](auto panel_count) {
-          score_rows<Product, row_count(), panel_count()>(scratch.q_rows + first, k, shape.compute_words, scores);
+          score_rows<Product, row_count(), panel_count()>(scratch.q_rows + first, k, shape.compute_words, scores,
+                                                          shadow);
         });
       });
     }
   }
 }
 
-/// Output product over the groups that reach any of the rows.
+/// Output product of rows [begin, end) over the groups that reach any of them.
 template <class Product>
-inline void block_output(const TileShape& shape, TileScratch& scratch, std::int64_t rows) {
+inline void block_output(const TileShape& shape, TileScratch& scratch, std::int64_t begin, std::int64_t end,
+                         SoftmaxStream<Product>& shadow) {
   const std::int64_t slabs = shape.value_columns / 16;
   for (std::int64_t slab = 0; slab < slabs; slab += kRegisterPanels) {
     const std::int64_t panels = std::min<std::int64_t>(kRegisterPanels, slabs - slab);
     ValueGroups groups;
-    for (std::int64_t first = 0, count = 0; first < rows; first += count) {
-      count = register_rows(rows - first);
-      if (first == 0 || scratch.any_masked) {
+    for (std::int64_t first = begin, count = 0; first < end; first += count) {
+      count = register_rows(end - first);
+      if (first == begin || scratch.any_masked) {
         groups.count = 0;
         for (std::int32_t g = 0; g < scratch.group_count; ++g) {
           const KeyGroup& group = scratch.groups[g];
@@ -208,32 +165,67 @@ inline void block_output(const TileShape& shape, TileScratch& scratch, std::int6
       with_count<kRegisterRows>(count, [&](auto row_count) {
         with_count<kRegisterPanels>(panels, [&](auto panel_count) {
           output_rows<Product, row_count(), panel_count()>(scratch.scores + first * kBlockKeys, groups, slab,
-                                                           scratch.output_rows + first);
+                                                           scratch.output_rows + first, shadow);
         });
       });
     }
   }
 }
 
-/// The whole block for `rows` rows of the scratch; clears the list of groups.
-template <class Product>
-void process_block(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
-                   const PackedSource* sources, TileScratch& scratch, std::int64_t rows) {
-  if (scratch.group_count == 0) return;
-  const std::int64_t columns = scratch.group_count * kGroupKeys;
-  bool slow = false;
-  for (std::int32_t g = 0; g < scratch.group_count; ++g) slow = slow || scratch.groups[g].slow_value;
-  block_scores<Product>(shape, scratch, rows);
-  for (std::int64_t row = 0; row < rows; ++row) {
+/// What comes between the scores of rows [begin, end) and their exponentials: modifiers, masks, maxima.
+inline void prepare_softmax(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
+                            TileScratch& scratch, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t row = begin; row < end; ++row) {
     if (rule.modified) modify_row(call, rule, job, scratch, row);
     if (scratch.any_masked) {
       for (std::int32_t g = 0; g < scratch.group_count; ++g) {
         if (scratch.groups[g].masked) mask_group(scratch, scratch.groups[g], g, row);
       }
     }
-    softmax_row<Product>(rule, shape, scratch, row, columns);
+    raise_maximum(rule, shape, scratch, row, scratch.group_count * kGroupKeys);
   }
-  block_output<Product>(shape, scratch, rows);
+}
+
+/// Rows of a stage of the pipeline: enough for the exponentials of one stage to hide behind the products of its
+/// neighbours, few enough for the scores of three stages to stay in L1.
+constexpr std::int64_t kStageRows = 2 * kRegisterRows;
+
+/// Asks for share `part` of `parts` of the next block's panels, into L2: they come from memory or L3, and each is too
+/// short for the processor's own prefetching to get going.
+inline void fetch_ahead(const TileShape& shape, const TileScratch& scratch, std::int64_t part, std::int64_t parts) {
+  constexpr std::int64_t line = 16;  // words
+  const auto fetch = [&](const std::uint32_t* const* panels, std::int64_t panel_words) {
+    const std::int64_t lines = panel_words / line;
+    const std::int64_t end = scratch.next_count * lines * (part + 1) / parts;
+    for (std::int64_t i = scratch.next_count * lines * part / parts; i < end; ++i) {
+      __builtin_prefetch(panels[i / lines] + i % lines * line, 0, 2);
+    }
+  };
+  fetch(scratch.next_k, shape.k_storage_panel);
+  fetch(scratch.next_v, shape.v_panel);
+}
+
+/// The whole block for `rows` rows of the scratch; clears the list of groups.
+///
+/// Stage by stage of a few register blocks, in a pipeline of three: the scores of one stage and the output of the one
+/// before last are products, and the exponentials of the stage between them run in their shadow, on the processor's
+/// ports that a product leaves free.
+template <class Product>
+void process_block(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
+                   const PackedSource* sources, TileScratch& scratch, std::int64_t rows) {
+  if (scratch.group_count == 0) return;
+  bool slow = false;
+  for (std::int32_t g = 0; g < scratch.group_count; ++g) slow = slow || scratch.groups[g].slow_value;
+  const std::int64_t columns = scratch.group_count * kGroupKeys;
+  for (std::int64_t stage = 0; stage < rows + 2 * kStageRows; stage += kStageRows) {
+    const auto row_of = [&](std::int64_t lag) { return std::clamp<std::int64_t>(stage - lag * kStageRows, 0, rows); };
+    if (stage < rows) fetch_ahead(shape, scratch, stage / kStageRows, (rows + kStageRows - 1) / kStageRows);
+    prepare_softmax(call, shape, rule, job, scratch, row_of(1), row_of(0));
+    SoftmaxStream<Product> shadow(rule, scratch, row_of(1), row_of(0), columns);
+    block_scores<Product>(shape, scratch, row_of(0), row_of(-1), shadow);
+    block_output<Product>(shape, scratch, row_of(2), row_of(1), shadow);
+    shadow.finish();
+  }
   if (slow) add_slow_values<Product>(shape, sources, scratch, rows);
 }
 

@@ -23,6 +23,18 @@ class GroupCollector {
     highest_ = highest;
   }
 
+  /// Adds all keys of a plan row's entries [first, last).
+  void add_row(std::int64_t first, std::int64_t last) {
+    const PlanEntry* entries = call_.plan.entries.data();
+    following_end_ = entries + last;
+    for (std::int64_t e = first; e < last; ++e) {
+      following_ = entries + e + 1;
+      add(entries[e], 0, call_.plan.keys_of(entries[e], block_).count);
+    }
+    following_ = following_end_;
+    finish();
+  }
+
   /// Adds keys [first, first + count) of an entry.
   void add(const PlanEntry& entry, std::int64_t first, std::int64_t count) {
     const Plan::KeyRange range = call_.plan.keys_of(entry, block_);
@@ -59,6 +71,25 @@ class GroupCollector {
   void clear() {
     scratch_.group_count = 0;
     scratch_.any_masked = false;
+    scratch_.next_count = 0;
+  }
+
+  /// Notes the panels of the next block's groups: the rest of this packed run, then the runs of the entries after it.
+  void look_ahead(std::int64_t base, std::int64_t end) {
+    if (source_->v_panels == nullptr) return;
+    std::int32_t& count = scratch_.next_count;
+    for (const PlanEntry* next = following_;; ++next) {
+      for (; base < end && count < kBlockGroups; base += kGroupKeys) {
+        scratch_.next_k[count] = source_->k_panels + base / kGroupKeys * shape_.k_storage_panel;
+        scratch_.next_v[count] = source_->v_panels + base / kGroupKeys * shape_.v_panel;
+        ++count;
+      }
+      if (count == kBlockGroups || next == following_end_ || next->kind == EntryKind::gather || next->source != 0)
+        return;
+      const Plan::KeyRange range = call_.plan.keys_of(*next, block_);
+      base = range.begin / kGroupKeys * kGroupKeys;
+      end = range.begin + range.count;
+    }
   }
 
   /// Tests the reach of a group and sets everything but its panels. Returns null when no row sees it.
@@ -126,6 +157,7 @@ class GroupCollector {
       } else {
         stage_values_of(*group, g, keys);
       }
+      if (scratch_.group_count + 1 == kBlockGroups) look_ahead(base + kGroupKeys, end);
       close_group();
     }
   }
@@ -213,6 +245,10 @@ class GroupCollector {
   const std::int32_t* key_order_ = nullptr;
   std::int32_t lowest_ = INT32_MIN;
   std::int32_t highest_ = INT32_MAX;
+
+  // Entries after the one being added, where the caller gave a whole row.
+  const PlanEntry* following_ = nullptr;
+  const PlanEntry* following_end_ = nullptr;
 
   // The entry being added.
   const PackedSource* source_ = nullptr;

@@ -48,6 +48,7 @@ void attend_key_major(const Call& call, const TileShape& shape, const ScoreRule&
           scratch.q_rows[count] = q + r * scratch.q_stride;
           scratch.output_rows[count] = output + r * shape.value_columns;
           scratch.maximum[count] = maximum[r];
+          scratch.shift[count] = maximum[r] == kMinusInfinity ? 0.0F : -maximum[r] * rule.to_log2;
           scratch.sum[count] = sum[r];
           scratch.position[count] = static_cast<std::int32_t>(offset + job.first_query + r / job.heads);
           scratch.head[count] = static_cast<std::int32_t>(job.first_head + r % job.heads);

@@ -82,10 +82,10 @@ std::size_t run_key_major(const Call& call, const LevelKernels& level) {
   const ScoreRule rule = score_rule_of(call, shape);
   const std::int64_t heads = heads_per_row(plan);
   const std::int64_t chunk_queries = std::max<std::int64_t>(1, kChunkRows / heads / plan.tile_q) * plan.tile_q;
-  ThreadScratch scratch(shape, call.threads, false);
+  ThreadScratch scratch(call, shape, false);
   const auto accumulator_bytes =
       static_cast<std::size_t>(key_major_accumulator_floats(shape, chunk_queries * heads)) * sizeof(float);
-  const AlignedBuffer accumulators(accumulator_bytes * static_cast<std::size_t>(call.threads));
+  const BorrowedBuffer accumulators(call.workspace, accumulator_bytes * static_cast<std::size_t>(call.threads));
 
   std::size_t most_packed = 0;
   for (std::int64_t sequence = 0; sequence < problem.batch; ++sequence) {

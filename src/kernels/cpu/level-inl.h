@@ -9,6 +9,8 @@
 //
 #include "kernels/cpu/product-inl.h"
 //
+#include "kernels/cpu/softmax-inl.h"
+//
 #include "kernels/cpu/block-inl.h"
 //
 #include "kernels/cpu/group-inl.h"

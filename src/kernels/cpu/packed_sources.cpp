@@ -65,7 +65,7 @@ PackedSources::PackedSources(const Call& call, const TileShape& shape, const Lev
     }
   }
   bytes_ = words * sizeof(std::uint32_t);
-  panels_ = AlignedBuffer(bytes_);
+  panels_ = BorrowedBuffer(call.workspace, bytes_);
   nonfinite_.resize(sources_.size());
 
   // Hand out the panels, then fill them in parallel.

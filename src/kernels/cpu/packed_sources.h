@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "kernels/cpu/aligned_buffer.h"
 #include "kernels/cpu/tile.h"
+#include "kernels/workspace.h"
 
 namespace tessera::kernels {
 
@@ -37,7 +37,7 @@ class PackedSources {
 
   std::vector<PackedSource> sources_;
   std::size_t sources_per_pair_;
-  AlignedBuffer panels_;
+  BorrowedBuffer panels_;
   std::vector<std::vector<std::uint8_t>> nonfinite_;
   std::size_t bytes_ = 0;
 };

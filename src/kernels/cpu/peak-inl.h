@@ -11,7 +11,7 @@ double product_rounds(std::int64_t iterations, float* sink) {
   constexpr int chains = 6;
 #endif
   Vec acc[chains];
-  const std::uint32_t word = Product::kKeysPerWord == 2 ? 0x3f803f80U : std::bit_cast<std::uint32_t>(1.0F);
+  const std::uint32_t word = Product::keys_per_word == 2 ? 0x3f803f80U : std::bit_cast<std::uint32_t>(1.0F);
   const Vec a = broadcast_word(&word);
   Vec b = a;
   // Different starts, or the compiler would see that all chains compute the same and keep one.
@@ -30,7 +30,7 @@ double product_rounds(std::int64_t iterations, float* sink) {
   Vec total = zero();
   for (const Vec& chain : acc) total = add(total, chain);
   *sink = reduce_add(total);
-  return 2.0 * static_cast<double>(iterations) * chains * kLanes * Product::kKeysPerWord;
+  return 2.0 * static_cast<double>(iterations) * chains * kLanes * Product::keys_per_word;
 }
 
 double product_loop(std::int64_t iterations, bool pairs, float* sink) {

@@ -6,14 +6,14 @@
 
 /// A word is one float.
 struct FloatProduct {
-  static constexpr int kKeysPerWord = 1;
+  static constexpr int keys_per_word = 1;
   static Vec multiply_add(Vec a, Vec b, Vec acc) { return fma(a, b, acc); }
 };
 
 #if defined(TESSERA_LEVEL_BF16)
 /// A word is a pair of bf16; products are exact in float, sums are float.
 struct PairProduct {
-  static constexpr int kKeysPerWord = 2;
+  static constexpr int keys_per_word = 2;
   static Vec multiply_add(Vec a, Vec b, Vec acc) {
     return _mm512_dpbf16_ps(acc, std::bit_cast<__m512bh>(a), std::bit_cast<__m512bh>(b));
   }
@@ -32,32 +32,46 @@ constexpr int kRegisterRows = 2;
 constexpr int kRegisterPanels = 1;
 #endif
 
+/// Steps of a product between two steps of what runs in its shadow.
+constexpr int kShadowSteps = 8;
+
 template <class Product, int rows, int panels>
+[[gnu::always_inline]] inline void multiply_step(Vec (&acc)[rows][panels * kVecsPer16],
+                                                 const std::uint32_t* const (&a)[rows],
+                                                 const std::uint32_t* const (&b)[panels], std::int64_t step) {
+  Vec columns[panels * kVecsPer16];
+#pragma GCC unroll 8
+  for (int c = 0; c < panels * kVecsPer16; ++c) {
+    columns[c] = load_words(b[c / kVecsPer16] + step * 16 + c % kVecsPer16 * kLanes);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+    const Vec factor = broadcast_word(a[r] + step);
+#pragma GCC unroll 8
+    for (int c = 0; c < panels * kVecsPer16; ++c) acc[r][c] = Product::multiply_add(factor, columns[c], acc[r][c]);
+  }
+}
+
+template <class Product, int rows, int panels, class Shadow>
 [[gnu::always_inline]] inline void multiply_panels(Vec (&acc)[rows][panels * kVecsPer16],
                                                    const std::uint32_t* const (&a)[rows],
-                                                   const std::uint32_t* const (&b)[panels], std::int64_t steps) {
-#pragma GCC unroll 2
-  for (std::int64_t step = 0; step < steps; ++step) {
-    Vec columns[panels * kVecsPer16];
+                                                   const std::uint32_t* const (&b)[panels], std::int64_t steps,
+                                                   Shadow& shadow) {
+  std::int64_t step = 0;
+  for (; step + kShadowSteps <= steps; step += kShadowSteps) {
 #pragma GCC unroll 8
-    for (int c = 0; c < panels * kVecsPer16; ++c) {
-      columns[c] = load_words(b[c / kVecsPer16] + step * 16 + c % kVecsPer16 * kLanes);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const Vec factor = broadcast_word(a[r] + step);
-#pragma GCC unroll 8
-      for (int c = 0; c < panels * kVecsPer16; ++c) {
-        acc[r][c] = Product::multiply_add(factor, columns[c], acc[r][c]);
-      }
-    }
+    for (int s = 0; s < kShadowSteps; ++s) multiply_step<Product, rows, panels>(acc, a, b, step + s);
+    shadow.step();
+  }
+  for (int rest = static_cast<int>(steps - step); rest > 0; --rest, ++step) {
+    multiply_step<Product, rows, panels>(acc, a, b, step);
   }
 }
 
 /// scores[row][group columns] = queries . keys for `panels` neighbouring groups of the block.
-template <class Product, int rows, int panels>
+template <class Product, int rows, int panels, class Shadow>
 [[gnu::noinline]] void score_rows(const std::uint32_t* const* q, const std::uint32_t* const* k, std::int64_t words,
-                                  float* scores) {
+                                  float* scores, Shadow& shadow) {
   Vec acc[rows][panels * kVecsPer16];
   const std::uint32_t* a[rows];
   const std::uint32_t* b[panels];
@@ -70,7 +84,7 @@ template <class Product, int rows, int panels>
 #pragma GCC unroll 8
     for (int c = 0; c < panels * kVecsPer16; ++c) acc[r][c] = zero();
   }
-  multiply_panels<Product, rows, panels>(acc, a, b, words);
+  multiply_panels<Product, rows, panels>(acc, a, b, words, shadow);
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
@@ -86,10 +100,10 @@ struct ValueGroups {
 };
 
 /// output[row][columns of `panels` neighbouring slabs] += probabilities . values over all groups.
-template <class Product, int rows, int panels>
+template <class Product, int rows, int panels, class Shadow>
 [[gnu::noinline]] void output_rows(const float* probabilities, const ValueGroups& groups, std::int64_t slab,
-                                   float* const* output) {
-  constexpr std::int64_t steps = kGroupKeys / Product::kKeysPerWord;
+                                   float* const* output, Shadow& shadow) {
+  constexpr std::int64_t steps = kGroupKeys / Product::keys_per_word;
   Vec acc[rows][panels * kVecsPer16];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
@@ -100,12 +114,12 @@ template <class Product, int rows, int panels>
     const std::uint32_t* a[rows];
     const std::uint32_t* b[panels];
     const auto* words =
-        reinterpret_cast<const std::uint32_t*>(probabilities) + groups.column[g] / Product::kKeysPerWord;
+        reinterpret_cast<const std::uint32_t*>(probabilities) + groups.column[g] / Product::keys_per_word;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) a[r] = words + r * kBlockKeys;
 #pragma GCC unroll 8
     for (int p = 0; p < panels; ++p) b[p] = groups.panels[g] + (slab + p) * steps * 16;
-    multiply_panels<Product, rows, panels>(acc, a, b, steps);
+    multiply_panels<Product, rows, panels>(acc, a, b, steps, shadow);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {

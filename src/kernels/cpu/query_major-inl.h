@@ -16,10 +16,12 @@ inline void stage_query(const TileShape& shape, const ScoreRule& rule, const std
     }
     return;
   }
+  // Pair products: bf16 as they are, but for the sign (or a scale of 0).
   auto* half = reinterpret_cast<std::uint16_t*>(out);
-  for (std::int64_t d = 0; d < 2 * q_stride; ++d) {
-    half[d] = d < shape.head_dim ? float_to_bf16(load_as_float(row, dtype, d) * rule.query_factor) : std::uint16_t{0};
-  }
+  std::fill(half + shape.head_dim, half + 2 * q_stride, std::uint16_t{0});
+  std::memcpy(half, row, static_cast<std::size_t>(shape.head_dim) * sizeof(std::uint16_t));
+  if (rule.query_factor == 1) return;
+  for (std::int64_t d = 0; d < shape.head_dim; ++d) half[d] = float_to_bf16(bf16_to_float(half[d]) * rule.query_factor);
 }
 
 /// Writes a finished row: output / sum and log-sum-exp, with the sink logit in the denominator.
@@ -64,16 +66,24 @@ inline void stage_rows(const Call& call, const TileShape& shape, const ScoreRule
   const std::int32_t* order =
       orders.empty() || orders.data()[job.block].empty() ? nullptr : orders.data()[job.block].data();
   const std::int64_t offset = call.problem().q_offset_of(job.sequence);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const std::int64_t head = job.first_head + (first + r) / job.places;
-    const std::int64_t place = job.first_place + (first + r) % job.places;
+  const std::int64_t first_in_tile = job.first_place % plan.tile_q;
+  std::int64_t head = job.first_head + first / job.places;
+  std::int64_t in_job = first % job.places;
+  for (std::int64_t r = 0; r < rows; ++r, ++in_job) {
+    if (in_job == job.places) {
+      in_job = 0;
+      ++head;
+    }
+    const std::int64_t place = job.first_place + in_job;
     const std::int64_t query = order != nullptr ? order[place] : place;
+    scratch.query[r] = static_cast<std::int32_t>(query);
     scratch.position[r] = static_cast<std::int32_t>(offset + query);
     scratch.head[r] = static_cast<std::int32_t>(head);
-    scratch.row_in_tile[r] = static_cast<std::int32_t>(place % plan.tile_q);
+    scratch.row_in_tile[r] = static_cast<std::int32_t>(first_in_tile + in_job);
     scratch.q_rows[r] = scratch.q + r * scratch.q_stride;
     scratch.output_rows[r] = scratch.output + r * shape.value_columns;
     scratch.maximum[r] = kMinusInfinity;
+    scratch.shift[r] = 0;
     scratch.sum[r] = 0;
     stage_query(shape, rule, call.query_row(call.inputs.q, job.sequence, head, query), call.inputs.q.dtype,
                 scratch.q_stride, scratch.q + r * scratch.q_stride);
@@ -97,15 +107,10 @@ void attend_tile(const Call& call, const TileShape& shape, const ScoreRule& rule
       GroupCollector<decltype(flush)> groups(call, shape, job.block, sources, scratch, flush);
       groups.set_positions(*std::min_element(scratch.position, scratch.position + rows),
                            *std::max_element(scratch.position, scratch.position + rows));
-      const std::int64_t end = call.plan.entry_begin.data()[job.plan_row + 1];
-      for (std::int64_t e = call.plan.entry_begin.data()[job.plan_row]; e < end; ++e) {
-        const PlanEntry& entry = call.plan.entries.data()[e];
-        groups.add(entry, 0, call.plan.keys_of(entry, job.block).count);
-      }
-      groups.finish();
+      groups.add_row(call.plan.entry_begin.data()[job.plan_row], call.plan.entry_begin.data()[job.plan_row + 1]);
       for (std::int64_t r = 0; r < rows; ++r) {
-        finish_row(call, shape, rule, job.sequence, scratch.head[r], query_of_row(call, job, first + r),
-                   scratch.maximum[r], scratch.sum[r], scratch.output_rows[r]);
+        finish_row(call, shape, rule, job.sequence, scratch.head[r], scratch.query[r], scratch.maximum[r],
+                   scratch.sum[r], scratch.output_rows[r]);
       }
     }
   });

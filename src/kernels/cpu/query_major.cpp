@@ -70,7 +70,7 @@ std::size_t run_query_major(const Call& call, const LevelKernels& level) {
   const Problem& problem = call.problem();
   const TileShape shape = shape_of_call(call, level, true);
   const ScoreRule rule = score_rule_of(call, shape);
-  ThreadScratch scratch(shape, call.threads, true);
+  ThreadScratch scratch(call, shape, true);
 
   std::size_t most_packed = 0;
   const std::int64_t pairs = problem.batch * problem.kv_heads;

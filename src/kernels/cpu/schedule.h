@@ -4,8 +4,8 @@
 #include <cmath>
 #include <vector>
 
-#include "kernels/cpu/aligned_buffer.h"
 #include "kernels/cpu/tile.h"
+#include "kernels/workspace.h"
 
 namespace tessera::kernels {
 
@@ -29,16 +29,18 @@ inline ScoreRule score_rule_of(const Call& call, const TileShape& shape) {
   rule.query_factor = into_query ? scale : std::copysign(1.0F, scale);
   rule.to_natural = into_query ? 1.0F : std::fabs(scale);
   rule.to_log2 = rule.modified ? log2e : rule.to_natural * log2e;
+  constexpr float lag_log2 = 8;
+  rule.maximum_lag = rule.to_log2 > 0 ? lag_log2 / rule.to_log2 : 0.0F;
   return rule;
 }
 
 /// One scratch per thread.
 class ThreadScratch {
  public:
-  ThreadScratch(const TileShape& shape, int threads, bool with_queries)
+  ThreadScratch(const Call& call, const TileShape& shape, bool with_queries)
       : bytes_each_(scratch_bytes(shape, with_queries)),
-        memory_(bytes_each_ * static_cast<std::size_t>(threads)),
-        scratch_(static_cast<std::size_t>(threads)) {
+        memory_(call.workspace, bytes_each_ * static_cast<std::size_t>(call.threads)),
+        scratch_(static_cast<std::size_t>(call.threads)) {
     for (std::size_t t = 0; t < scratch_.size(); ++t) {
       place_scratch(shape, with_queries, memory_.data() + t * bytes_each_, scratch_[t]);
     }
@@ -48,7 +50,7 @@ class ThreadScratch {
 
  private:
   std::size_t bytes_each_;
-  AlignedBuffer memory_;
+  BorrowedBuffer memory_;
   std::vector<TileScratch> scratch_;
 };
 

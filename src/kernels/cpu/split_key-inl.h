@@ -166,8 +166,8 @@ inline void process_decode_block(const Call& call, const TileShape& shape, const
       }
     }
     for (std::int64_t c = block.count; c < columns; ++c) scratch.scores[row * kBlockKeys + c] = kMinusInfinity;
-    softmax_row<FloatProduct>(rule, shape, scratch, row, columns);
   }
+  softmax_rows<FloatProduct>(rule, shape, scratch, 0, rows, columns);
   if (scratch.any_masked && any_value_nonfinite(shape, block)) {
     decode_output_slow(shape, block, scratch, rows);
   } else {

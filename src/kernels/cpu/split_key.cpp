@@ -113,10 +113,10 @@ std::size_t run_split_key(const Call& call, const LevelKernels& level) {
   const auto columns = static_cast<std::size_t>(shape.value_columns);
   std::vector<float> maximum(state_begin.back());
   std::vector<float> sum(state_begin.back());
-  const AlignedBuffer output_memory(state_begin.back() * columns * sizeof(float));
+  const BorrowedBuffer output_memory(call.workspace, state_begin.back() * columns * sizeof(float));
   auto* output = reinterpret_cast<float*>(output_memory.data());
 
-  ThreadScratch scratch(shape, call.threads, true);
+  ThreadScratch scratch(call, shape, true);
   parallel_for(static_cast<std::int64_t>(work.pieces.size()), call.threads, [&](std::int64_t i, int thread) {
     const std::size_t r = work.row_of_piece[static_cast<std::size_t>(i)];
     const Row& row = work.rows[r];

@@ -88,8 +88,11 @@ struct TileScratch {
   const std::uint32_t* q_rows[kTileRows];
   float* output_rows[kTileRows];
   float maximum[kTileRows];  ///< of the unscaled scores
+  float shift[kTileRows];    ///< of the block: exponent of 2 = score * ScoreRule::to_log2 + shift
   float sum[kTileRows];
+  alignas(64) float lane_sums[kTileRows * kGroupKeys];  ///< [rows][lanes] sums of one block's probabilities
   std::int32_t position[kTileRows];
+  std::int32_t query[kTileRows];
   std::int32_t head[kTileRows];
   std::int32_t row_in_tile[kTileRows];
 
@@ -100,6 +103,11 @@ struct TileScratch {
   alignas(64) float key_log_weight[kBlockKeys];
   const PackedSource* key_source[kBlockGroups];
   bool any_masked;
+
+  // Packed panels that the next block will read, where they are known: fetched while this one is computed.
+  const std::uint32_t* next_k[kBlockGroups];
+  const std::uint32_t* next_v[kBlockGroups];
+  std::int32_t next_count;
 };
 
 /// What a call asks of every row, worked out once.
@@ -107,6 +115,7 @@ struct ScoreRule {
   float query_factor;  ///< multiplies q before the product (float products) or is +-1 (pair products)
   float to_natural;    ///< raw product -> natural-unit score, when modifiers look at scores
   float to_log2;       ///< raw or modified score -> exponent of 2
+  float maximum_lag;   ///< how far the running maximum may lie below a score, in units of raw or modified scores
   bool modified;       ///< modifiers or log-weights change scores
 };
 

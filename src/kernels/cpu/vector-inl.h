@@ -50,15 +50,24 @@ inline Vec at_least(Vec limit, Vec x) {
 inline Vec at_most(Vec limit, Vec x) {
   return _mm512_min_ps(limit, x);
 }
-/// The float whose bits are those of x shifted left by 23: moves an integer into the exponent.
-inline Vec bits_to_exponent(Vec x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23));
+/// x = whole + fraction, the fraction in [-1/2, 1/2]; times_two_to(p, whole) = p * 2^whole. How `whole` is written is
+/// this pair's own affair. -inf has fraction 0 and scales to 0, NaN stays NaN.
+inline Vec fraction_of(Vec x, Vec& whole) {
+  const Vec fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT);
+  whole = _mm512_sub_ps(x, fraction);
+  return fraction;
+}
+inline Vec times_two_to(Vec x, Vec whole) {
+  return _mm512_scalef_ps(x, whole);
 }
 inline float reduce_max(Vec x) {
   return _mm512_reduce_max_ps(x);
 }
 inline float reduce_add(Vec x) {
   return _mm512_reduce_add_ps(x);
+}
+inline bool any_greater(Vec a, Vec b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
 }
 
 /// out[i] = sum of the lanes of x[i].
@@ -199,13 +208,24 @@ inline Vec at_least(Vec limit, Vec x) {
 inline Vec at_most(Vec limit, Vec x) {
   return _mm256_min_ps(limit, x);
 }
-inline Vec bits_to_exponent(Vec x) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
+/// Adding 1.5 * 2^23 rounds and leaves the integer in the low mantissa bits; the 127 beside it is the exponent bias, so
+/// that shifting those bits into the exponent gives 2^whole, and 0 for whole = -127.
+inline Vec fraction_of(Vec x, Vec& whole) {
+  const Vec shift = set1(12582912.0F + 127.0F);
+  x = at_least(set1(-127.0F), x);
+  whole = add(x, shift);
+  return sub(x, sub(whole, shift));
+}
+inline Vec times_two_to(Vec x, Vec whole) {
+  return mul(x, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(whole), 23)));
 }
 inline float reduce_max(Vec x) {
   __m128 h = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   h = _mm_max_ps(h, _mm_movehl_ps(h, h));
   return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
+}
+inline bool any_greater(Vec a, Vec b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
 }
 inline float reduce_add(Vec x) {
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -360,8 +380,21 @@ inline Vec at_least(Vec limit, Vec x) {
 inline Vec at_most(Vec limit, Vec x) {
   return limit < x ? limit : x;
 }
-inline Vec bits_to_exponent(Vec x) {
-  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) << 23);
+/// Adding 1.5 * 2^23 rounds and leaves the integer in the low mantissa bits; the 127 beside it is the exponent bias, so
+/// that shifting those bits into the exponent gives 2^whole, and 0 for whole = -127.
+inline Vec fraction_of(Vec x, Vec& whole) {
+  const Vec shift = set1(12582912.0F + 127.0F);
+  x = at_least(set1(-127.0F), x);
+  whole = add(x, shift);
+  return sub(x, sub(whole, shift));
+}
+inline Vec times_two_to(Vec x, Vec whole) {
+  return mul(x, reinterpret_cast<Vec>(reinterpret_cast<IntVec>(whole) << 23));
+}
+inline bool any_greater(Vec a, Vec b) {
+  bool found = false;
+  for (int i = 0; i < kLanes; ++i) found = found || a[i] > b[i];
+  return found;
 }
 inline float reduce_max(Vec x) {
   float best = x[0];
