@@ -23,7 +23,7 @@ build: packages-build packages-test $(BUILD)/build.ninja ## Build the library, t
 test: build $(VENV)/installed ## Run every test: C++, command line, Python integration and training
 	@scripts/run-tests.sh $(PRESET)
 
-demo: packages-build $(BUILD)/build.ninja ## A long document through a small model, dense and sparse, and a page of pictures
+demo: packages-build packages-test $(BUILD)/build.ninja ## A long document through a small model, dense and sparse, and a page of pictures
 	@cmake --build --preset $(PRESET) --parallel $(JOBS) --target tessera_cli
 	@mkdir -p demo
 	@$(BUILD)/bin/tessera demo --html demo/index.html
@@ -40,7 +40,7 @@ format: packages-lint ## Format the C++ sources in place
 docs: packages-docs build ## Reference documentation into build/docs, docs/methods.md from the registry
 	@scripts/make-docs.sh $(BUILD)
 
-install: packages-build ## Install the release library, headers and command line under PREFIX
+install: packages-build packages-test ## Install the release library, headers and command line under PREFIX
 	@cmake --preset release -DCMAKE_INSTALL_PREFIX=$(PREFIX)
 	@cmake --build --preset release --parallel $(JOBS) --target tessera tessera_cli
 	@cmake --install build/release --prefix $(PREFIX)

@@ -3,8 +3,14 @@
 
 #include <cstddef>
 #include <memory>
+#include <new>
 
 namespace tessera::kernels {
+
+struct ReleaseAligned {
+  std::align_val_t alignment{64};
+  void operator()(std::byte* p) const;
+};
 
 class AlignedBuffer {
  public:
@@ -14,10 +20,7 @@ class AlignedBuffer {
   std::size_t bytes() const { return bytes_; }
 
  private:
-  struct Release {
-    void operator()(std::byte* p) const;
-  };
-  std::unique_ptr<std::byte, Release> data_;
+  std::unique_ptr<std::byte, ReleaseAligned> data_;
   std::size_t bytes_ = 0;
 };
 

@@ -3,6 +3,48 @@
 // Aligned groups of source 0 point into panels packed before; everything else (gathered, permuted, derived, or when the
 // workspace was too small) is packed into the scratch here.
 
+/// What an entry's mask asks of all its groups: a band around the query position, or a bitmask.
+struct EntryLimits {
+  std::int32_t left = INT32_MAX;
+  std::int32_t right = INT32_MAX;
+  const std::uint64_t* bits = nullptr;
+  std::int64_t bit_words = 0;
+};
+
+inline EntryLimits limits_of(const Plan& plan, const PlanEntry& entry, std::int64_t keys) {
+  EntryLimits limits;
+  if (entry.mask == EntryMask::band) {
+    const Window& band = plan.bands.data()[entry.mask_index];
+    if (band.left >= 0) limits.left = static_cast<std::int32_t>(std::min<std::int64_t>(band.left, INT32_MAX));
+    if (band.right >= 0) limits.right = static_cast<std::int32_t>(std::min<std::int64_t>(band.right, INT32_MAX));
+  } else if (entry.mask == EntryMask::bitmask) {
+    limits.bits = plan.mask_words.data() + entry.mask_index;
+    limits.bit_words = (keys + 63) / 64;
+  }
+  return limits;
+}
+
+/// Log-weights of a group's keys, 0 where the source has none and on absent lanes.
+inline void store_log_weights(const PackedSource& source, std::uint32_t lanes, const std::int32_t* keys, float* out) {
+  for (int lane = 0; lane < kGroupKeys; ++lane) {
+    const bool present = (lanes >> lane & 1U) != 0 && source.log_weight != nullptr;
+    out[lane] = present ? source.log_weight[keys[lane]] : 0.0F;
+  }
+}
+
+/// Gathered rows are nowhere near each other: asks for those of list[from, to) before they are needed.
+template <class List>
+inline void prefetch_listed(const TileShape& shape, const PackedSource& source, const List& list, std::int64_t from,
+                            std::int64_t to) {
+  const auto element = static_cast<std::int64_t>(size_of(shape.dtype));
+  for (std::int64_t i = from; i < to; ++i) {
+    const std::byte* k = source.k.row(list[i]);
+    const std::byte* v = source.v.row(list[i]);
+    for (std::int64_t line = 0; line < shape.head_dim * element; line += 64) __builtin_prefetch(k + line);
+    for (std::int64_t line = 0; line < shape.value_dim * element; line += 64) __builtin_prefetch(v + line);
+  }
+}
+
 /// Collects groups for a block and flushes it when it is full.
 template <class Flush>
 class GroupCollector {
@@ -40,17 +82,7 @@ class GroupCollector {
     const Plan::KeyRange range = call_.plan.keys_of(entry, block_);
     source_ = &sources_[entry.source];
     derived_ = entry.source != 0;
-    left_ = right_ = INT32_MAX;
-    bits_ = nullptr;
-    bit_words_ = 0;
-    if (entry.mask == EntryMask::band) {
-      const Window& band = call_.plan.bands.data()[entry.mask_index];
-      if (band.left >= 0) left_ = static_cast<std::int32_t>(std::min<std::int64_t>(band.left, INT32_MAX));
-      if (band.right >= 0) right_ = static_cast<std::int32_t>(std::min<std::int64_t>(band.right, INT32_MAX));
-    } else if (entry.mask == EntryMask::bitmask) {
-      bits_ = call_.plan.mask_words.data() + entry.mask_index;
-      bit_words_ = (range.count + 63) / 64;
-    }
+    limits_ = limits_of(call_.plan, entry, range.count);
     if (entry.kind == EntryKind::gather) {
       add_listed({call_.plan.tokens.data() + range.begin, derived_ ? nullptr : key_order_}, first, count);
     } else if (key_order_ != nullptr && !derived_) {
@@ -96,18 +128,18 @@ class GroupCollector {
   KeyGroup* open_group(std::int32_t first_key, std::int32_t last_key, std::uint32_t lanes, std::int64_t first_bit) {
     KeyGroup& group = scratch_.groups[scratch_.group_count];
     group.lanes = lanes;
-    group.left = left_;
-    group.right = right_;
+    group.left = limits_.left;
+    group.right = limits_.right;
     group.first_key = first_key;
     group.last_key = last_key;
-    group.bits = bits_;
-    group.bit_words = bit_words_;
+    group.bits = limits_.bits;
+    group.bit_words = limits_.bit_words;
     group.first_bit = first_bit;
     if (!group_reaches(group, lowest_, highest_)) return nullptr;
-    const std::int64_t left = left_;
-    const std::int64_t right = right_;
+    const std::int64_t left = limits_.left;
+    const std::int64_t right = limits_.right;
     const bool inside = last_key <= lowest_ + right && first_key >= highest_ - left;
-    group.masked = lanes != 0xffffU || bits_ != nullptr || !inside;
+    group.masked = lanes != 0xffffU || limits_.bits != nullptr || !inside;
     group.slow_value = false;
     scratch_.any_masked = scratch_.any_masked || group.masked;
     scratch_.key_source[scratch_.group_count] = derived_ ? source_ : nullptr;
@@ -118,15 +150,12 @@ class GroupCollector {
     const std::int32_t g = scratch_.group_count;
     KeyGroup& group = scratch_.groups[g];
     const std::int32_t* keys = scratch_.keys + g * kGroupKeys;
-    for (int lane = 0; lane < kGroupKeys; ++lane) {
+    for (int lane = 0; source_->value_nonfinite != nullptr && lane < kGroupKeys; ++lane) {
       if ((group.lanes >> lane & 1U) == 0) continue;
-      if (source_->value_nonfinite != nullptr && source_->value_nonfinite[keys[lane]] != 0) group.slow_value = true;
+      if (source_->value_nonfinite[keys[lane]] != 0) group.slow_value = true;
     }
     if (source_->log_weight != nullptr || derived_) {
-      for (int lane = 0; lane < kGroupKeys; ++lane) {
-        const bool present = (group.lanes >> lane & 1U) != 0 && source_->log_weight != nullptr;
-        scratch_.key_log_weight[g * kGroupKeys + lane] = present ? source_->log_weight[keys[lane]] : 0.0F;
-      }
+      store_log_weights(*source_, group.lanes, keys, scratch_.key_log_weight + g * kGroupKeys);
     }
     if (++scratch_.group_count == kBlockGroups) finish();
   }
@@ -185,7 +214,7 @@ class GroupCollector {
   void add_listed(const KeyList& list, std::int64_t first, std::int64_t count) {
     for (std::int64_t i = first; i < first + count; i += kGroupKeys) {
       const std::int64_t present = std::min(kGroupKeys, first + count - i);
-      prefetch(list, i + kGroupKeys, std::min(i + 2 * kGroupKeys, first + count));
+      prefetch_listed(shape_, *source_, list, i + kGroupKeys, std::min(i + 2 * kGroupKeys, first + count));
       std::int32_t lowest = list[i];
       std::int32_t highest = list[i];
       for (std::int64_t lane = 1; lane < present; ++lane) {
@@ -197,17 +226,6 @@ class GroupCollector {
       std::int32_t* keys = scratch_.keys + scratch_.group_count * kGroupKeys;
       for (int lane = 0; lane < kGroupKeys; ++lane) keys[lane] = list[lane < present ? i + lane : i];
       stage_group(*group, keys);
-    }
-  }
-
-  /// Gathered rows are nowhere near each other: ask for the next ones before they are needed.
-  void prefetch(const KeyList& list, std::int64_t from, std::int64_t to) const {
-    const auto element = static_cast<std::int64_t>(size_of(shape_.dtype));
-    for (std::int64_t i = from; i < to; ++i) {
-      const std::byte* k = source_->k.row(list[i]);
-      const std::byte* v = source_->v.row(list[i]);
-      for (std::int64_t line = 0; line < shape_.head_dim * element; line += 64) __builtin_prefetch(k + line);
-      for (std::int64_t line = 0; line < shape_.value_dim * element; line += 64) __builtin_prefetch(v + line);
     }
   }
 
@@ -253,8 +271,5 @@ class GroupCollector {
   // The entry being added.
   const PackedSource* source_ = nullptr;
   bool derived_ = false;
-  std::int32_t left_ = INT32_MAX;
-  std::int32_t right_ = INT32_MAX;
-  const std::uint64_t* bits_ = nullptr;
-  std::int64_t bit_words_ = 0;
+  EntryLimits limits_;
 };

@@ -9,9 +9,9 @@ inline Vec probability_of(Vec x, FloatProduct /*unused*/) {
   return exp2(x);
 }
 
-inline void store_probabilities(float* row, std::int64_t column, Vec first, Vec second, FloatProduct /*unused*/) {
-  store(row + column, first);
-  store(row + column + kLanes, second);
+inline void store_probabilities(std::byte* to, Vec first, Vec second, FloatProduct /*unused*/) {
+  store(reinterpret_cast<float*>(to), first);
+  store(reinterpret_cast<float*>(to) + kLanes, second);
 }
 
 #if defined(TESSERA_LEVEL_BF16)
@@ -19,17 +19,20 @@ inline Vec probability_of(Vec x, PairProduct /*unused*/) {
   return exp2_for_bf16(x);
 }
 
-inline void store_probabilities(float* row, std::int64_t column, Vec first, Vec second, PairProduct /*unused*/) {
-  auto* half = reinterpret_cast<std::uint16_t*>(row) + column;
-  _mm512_storeu_si512(half, std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+inline void store_probabilities(std::byte* to, Vec first, Vec second, PairProduct /*unused*/) {
+  _mm512_storeu_si512(to, std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
 }
 #endif
 
-/// Settles scratch.shift of a row for the next `count` columns: the negated maximum, as an exponent of 2. The maximum
-/// may lag behind the true one by ScoreRule::maximum_lag, so that raising it and rescaling what was gathered is rare.
+/// Readies a row of scores for SoftmaxStream: settles scratch.shift, the negated maximum of the first `count` columns
+/// as an exponent of 2. The maximum may lag behind the true one by ScoreRule::maximum_lag, so that raising it and
+/// rescaling what was gathered is rare.
 inline void raise_maximum(const ScoreRule& rule, const TileShape& shape, TileScratch& scratch, std::int64_t row,
                           std::int64_t count) {
-  const float* scores = scratch.scores + row * kBlockKeys;
+  float* scores = scratch.scores + row * kBlockKeys;
+  // The stream takes two vectors at a time.
+  if (count % (2 * kLanes) != 0) store(scores + count, set1(kMinusInfinity));
+  for (int lane = 0; lane < kGroupKeys; lane += kLanes) store(scratch.lane_sums + row * kGroupKeys + lane, zero());
   Vec highest = set1(kMinusInfinity);
 #pragma GCC unroll 4
   for (std::int64_t c = 0; c < count; c += kLanes) highest = at_least(load(scores + c), highest);
@@ -54,18 +57,31 @@ template <class Product>
 class SoftmaxStream {
  public:
   SoftmaxStream(const ScoreRule& rule, TileScratch& scratch, std::int64_t begin, std::int64_t end, std::int64_t count)
-      : rule_(rule), scratch_(scratch), begin_(begin), end_(end), count_(count), row_(begin) {}
+      : scratch_(scratch), begin_(begin), end_(end), factor_(rule.to_log2) {
+    steps_ = (count + 2 * kLanes - 1) / (2 * kLanes);
+    row_ = begin - 1;
+    next_row();
+  }
 
+  /// Cheap when there is nothing left to do.
   [[gnu::always_inline]] inline void step() {
-    if (row_ != end_) next_piece();
+    if (row_ == end_) return;
+    const Vec shift = set1(*shift_);
+    const Vec factor = set1(factor_);
+    const Vec first = probability_of(fma(load(from_), factor, shift), Product{});
+    const Vec second = probability_of(fma(load(from_ + kLanes), factor, shift), Product{});
+    store(sums_, add(load(sums_), add(first, second)));
+    store_probabilities(to_, first, second, Product{});
+    from_ += 2 * kLanes;
+    to_ += 2 * kLanes * sizeof(float) / Product::keys_per_word;
+    if (--left_ == 0) next_row();
   }
 
   /// Does what is left and adds the rows' sums to the scratch.
   void finish() {
-    while (row_ != end_) next_piece();
+    while (row_ != end_) step();
     for (std::int64_t first = begin_; first < end_; first += 4) {
       Vec sums[4];
-      // Rows past the end hold something or other, which is not used.
       for (int r = 0; r < 4; ++r) sums[r] = load(scratch_.lane_sums + std::min(first + r, end_ - 1) * kGroupKeys);
       float total[4];
       reduce_add4(sums, total);
@@ -74,32 +90,28 @@ class SoftmaxStream {
   }
 
  private:
-  [[gnu::always_inline]] inline void next_piece() {
-    float* scores = scratch_.scores + row_ * kBlockKeys;
-    float* sums = scratch_.lane_sums + row_ * kGroupKeys;
-    const Vec shift = set1(scratch_.shift[row_]);
-    const Vec factor = set1(rule_.to_log2);
-    const Vec first = probability_of(fma(load(scores + column_), factor, shift), Product{});
-    // Past the last group: the row of scores is long enough, what it holds there is nobody's.
-    const bool two = column_ + kLanes < count_;
-    const Vec second = two ? probability_of(fma(load(scores + column_ + kLanes), factor, shift), Product{}) : zero();
-    const Vec both = add(first, second);
-    store(sums, column_ == 0 ? both : add(load(sums), both));
-    store_probabilities(scores, column_, first, second, Product{});
-    column_ += 2 * kLanes;
-    if (column_ >= count_) {
-      column_ = 0;
-      ++row_;
-    }
+  void next_row() {
+    if (++row_ == end_) return;
+    from_ = scratch_.scores + row_ * kBlockKeys;
+    to_ = reinterpret_cast<std::byte*>(scratch_.scores + row_ * kBlockKeys);
+    sums_ = scratch_.lane_sums + row_ * kGroupKeys;
+    shift_ = scratch_.shift + row_;
+    left_ = steps_;
   }
 
-  const ScoreRule& rule_;
   TileScratch& scratch_;
   std::int64_t begin_;
   std::int64_t end_;
-  std::int64_t count_;
+  float factor_;
+  std::int64_t steps_;
   std::int64_t row_;
-  std::int64_t column_ = 0;
+
+  // Where the row stands.
+  const float* from_ = nullptr;
+  std::byte* to_ = nullptr;
+  float* sums_ = nullptr;
+  const float* shift_ = nullptr;
+  std::int64_t left_ = 0;
 };
 
 /// Softmax of rows [begin, end) over `count` columns, on its own.

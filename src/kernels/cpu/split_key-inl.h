@@ -223,41 +223,21 @@ inline void add_decode_group(const Call& call, const TileJob& job, const PlanEnt
   }
   for (std::int64_t i = count; i < kGroupKeys; ++i) keys[i] = keys[0];
   group.lanes = 0xffffU >> (kGroupKeys - count);
-  group.left = group.right = INT32_MAX;
-  group.bits = nullptr;
   group.slow_value = false;
-  if (entry.mask == EntryMask::band) {
-    const Window& band = plan.bands.data()[entry.mask_index];
-    if (band.left >= 0) group.left = static_cast<std::int32_t>(std::min<std::int64_t>(band.left, INT32_MAX));
-    if (band.right >= 0) group.right = static_cast<std::int32_t>(std::min<std::int64_t>(band.right, INT32_MAX));
-  } else if (entry.mask == EntryMask::bitmask) {
-    group.bits = plan.mask_words.data() + entry.mask_index;
-    group.bit_words = (range.count + 63) / 64;
-    group.first_bit = first;
-  }
+  const EntryLimits limits = limits_of(plan, entry, range.count);
+  group.left = limits.left;
+  group.right = limits.right;
+  group.bits = limits.bits;
+  group.bit_words = limits.bit_words;
+  group.first_bit = first;
   const bool inside = group.last_key <= static_cast<std::int64_t>(lowest) + group.right &&
                       group.first_key >= static_cast<std::int64_t>(highest) - group.left;
   group.masked = group.bits != nullptr || !inside || count != kGroupKeys;
   scratch.any_masked = scratch.any_masked || group.bits != nullptr || !inside;
   scratch.key_source[g] = entry.source == 0 ? nullptr : &source;
-  for (std::int64_t i = 0; entry.source != 0 && i < kGroupKeys; ++i) {
-    const bool present = i < count && source.log_weight != nullptr;
-    scratch.key_log_weight[g * kGroupKeys + i] = present ? source.log_weight[keys[i]] : 0.0F;
-  }
+  if (entry.source != 0) store_log_weights(source, group.lanes, keys, scratch.key_log_weight + g * kGroupKeys);
   ++scratch.group_count;
   block.count += count;
-}
-
-/// Asks for gathered rows ahead of their use.
-inline void prefetch_listed(const TileShape& shape, const PackedSource& source, const std::int32_t* list,
-                            std::int64_t from, std::int64_t to) {
-  const auto element = static_cast<std::int64_t>(size_of(shape.dtype));
-  for (std::int64_t i = from; i < to; ++i) {
-    const std::byte* k = source.k.row(list[i]);
-    const std::byte* v = source.v.row(list[i]);
-    for (std::int64_t line = 0; line < shape.head_dim * element; line += 64) __builtin_prefetch(k + line);
-    for (std::int64_t line = 0; line < shape.value_dim * element; line += 64) __builtin_prefetch(v + line);
-  }
 }
 
 void attend_piece(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
