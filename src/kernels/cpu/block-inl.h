@@ -98,7 +98,7 @@ inline void add_slow_values(const TileShape& shape, const PackedSource* sources,
     const PackedSource& source = scratch.key_source[g] == nullptr ? sources[0] : *scratch.key_source[g];
     for (std::int64_t row = 0; row < rows; ++row) {
       for (int lane = 0; lane < kGroupKeys; ++lane) {
-        const float p = probability(scratch.scores + row * kBlockKeys, g * kGroupKeys + lane, Product{});
+        const float p = probability(scratch.probabilities, row * kBlockKeys + g * kGroupKeys + lane, Product{});
         if (p == 0 || (scratch.groups[g].lanes >> lane & 1U) == 0) continue;
         const std::byte* v = source.v.row(scratch.keys[g * kGroupKeys + lane]);
         for (std::int64_t c = 0; c < shape.value_dim; ++c) {
@@ -164,8 +164,9 @@ inline void block_output(const TileShape& shape, TileScratch& scratch, std::int6
       }
       with_count<kRegisterRows>(count, [&](auto row_count) {
         with_count<kRegisterPanels>(panels, [&](auto panel_count) {
-          output_rows<Product, row_count(), panel_count()>(scratch.scores + first * kBlockKeys, groups, slab,
-                                                           scratch.output_rows + first, shadow);
+          output_rows<Product, row_count(), panel_count()>(
+              scratch.probabilities + first * kBlockKeys / Product::keys_per_word, groups, slab,
+              scratch.output_rows + first, shadow);
         });
       });
     }
@@ -182,7 +183,7 @@ inline void prepare_softmax(const Call& call, const TileShape& shape, const Scor
         if (scratch.groups[g].masked) mask_group(scratch, scratch.groups[g], g, row);
       }
     }
-    raise_maximum(rule, shape, scratch, row, scratch.group_count * kGroupKeys);
+    ready_row(rule, shape, scratch, row, scratch.group_count * kGroupKeys);
   }
 }
 
@@ -221,7 +222,7 @@ void process_block(const Call& call, const TileShape& shape, const ScoreRule& ru
     const auto row_of = [&](std::int64_t lag) { return std::clamp<std::int64_t>(stage - lag * kStageRows, 0, rows); };
     if (stage < rows) fetch_ahead(shape, scratch, stage / kStageRows, (rows + kStageRows - 1) / kStageRows);
     prepare_softmax(call, shape, rule, job, scratch, row_of(1), row_of(0));
-    SoftmaxStream<Product> shadow(rule, scratch, row_of(1), row_of(0), columns);
+    SoftmaxStream<Product> shadow(rule, shape, scratch, row_of(1), row_of(0), columns);
     block_scores<Product>(shape, scratch, row_of(0), row_of(-1), shadow);
     block_output<Product>(shape, scratch, row_of(2), row_of(1), shadow);
     shadow.finish();

@@ -1,6 +1,6 @@
 // exp2 and tanh on vectors. Included once per level.
 
-/// 2^x for x <= 128, relative error below 3e-7; 0 for x < -150, subnormal or 0 below -126; NaN stays NaN.
+/// 2^x, relative error below 3e-7; 0 for x < -150, subnormal or 0 below -126, infinity from 128 on; NaN stays NaN.
 /// A minimax polynomial of degree 5 for the power of the fraction, and the whole part goes into the exponent.
 inline Vec exp2(Vec x) {
   Vec whole;

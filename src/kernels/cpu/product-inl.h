@@ -116,7 +116,7 @@ template <class Product, int rows, int panels, class Shadow>
     const auto* words =
         reinterpret_cast<const std::uint32_t*>(probabilities) + groups.column[g] / Product::keys_per_word;
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) a[r] = words + r * kBlockKeys;
+    for (int r = 0; r < rows; ++r) a[r] = words + r * kBlockKeys / Product::keys_per_word;
 #pragma GCC unroll 8
     for (int p = 0; p < panels; ++p) b[p] = groups.panels[g] + (slab + p) * steps * 16;
     multiply_panels<Product, rows, panels>(acc, a, b, steps, shadow);

@@ -29,8 +29,6 @@ inline ScoreRule score_rule_of(const Call& call, const TileShape& shape) {
   rule.query_factor = into_query ? scale : std::copysign(1.0F, scale);
   rule.to_natural = into_query ? 1.0F : std::fabs(scale);
   rule.to_log2 = rule.modified ? log2e : rule.to_natural * log2e;
-  constexpr float lag_log2 = 8;
-  rule.maximum_lag = rule.to_log2 > 0 ? lag_log2 / rule.to_log2 : 0.0F;
   return rule;
 }
 

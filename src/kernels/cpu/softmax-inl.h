@@ -1,6 +1,7 @@
-// Online softmax over the columns of a block, in two parts: `raise_maximum` looks at the scores of a row and settles
-// what its probabilities are relative to; SoftmaxStream turns scores into probabilities a few columns at a time, so
-// that a product can carry it along. Included once per level.
+// Online softmax over the columns of a block, a few columns at a time, so that a product can carry it along. It is
+// optimistic: probabilities are relative to the maximum that the row had before the block, which for most blocks is
+// close enough to the new one, and only a row whose probabilities come out large is done again. Included once per
+// level.
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
@@ -24,62 +25,72 @@ inline void store_probabilities(std::byte* to, Vec first, Vec second, PairProduc
 }
 #endif
 
-/// Readies a row of scores for SoftmaxStream: settles scratch.shift, the negated maximum of the first `count` columns
-/// as an exponent of 2. The maximum may lag behind the true one by ScoreRule::maximum_lag, so that raising it and
-/// rescaling what was gathered is rare.
+/// Lane sums of a block's probabilities above this mean that the row's maximum is too far behind.
+constexpr float kLargestLaneSum = 4096;
+
+/// Raises the maximum of a row to that of its scores and rescales what was gathered. scratch.shift is the negated
+/// maximum as an exponent of 2.
 inline void raise_maximum(const ScoreRule& rule, const TileShape& shape, TileScratch& scratch, std::int64_t row,
                           std::int64_t count) {
-  float* scores = scratch.scores + row * kBlockKeys;
-  // The stream takes two vectors at a time.
-  if (count % (2 * kLanes) != 0) store(scores + count, set1(kMinusInfinity));
-  for (int lane = 0; lane < kGroupKeys; lane += kLanes) store(scratch.lane_sums + row * kGroupKeys + lane, zero());
+  const float* scores = scratch.scores + row * kBlockKeys;
   Vec highest = set1(kMinusInfinity);
-#pragma GCC unroll 4
   for (std::int64_t c = 0; c < count; c += kLanes) highest = at_least(load(scores + c), highest);
   const float before = scratch.maximum[row];
-  if (any_greater(highest, set1(before + rule.maximum_lag))) {
-    const float raised = reduce_max(highest);
-    scratch.maximum[row] = raised;
-    // A row without any allowed key so far has maximum -inf and shift 0, which makes its exponents -inf, not NaN.
-    scratch.shift[row] = -raised * rule.to_log2;
-    if (before != kMinusInfinity) {
-      const float factor = std::exp2((before - raised) * rule.to_log2);
-      scratch.sum[row] *= factor;
-      float* output = scratch.output_rows[row];
-      const Vec scale = set1(factor);
-      for (std::int64_t c = 0; c < shape.value_columns; c += kLanes) store(output + c, mul(load(output + c), scale));
-    }
-  }
+  if (!any_greater(highest, set1(before))) return;
+  const float raised = reduce_max(highest);
+  scratch.maximum[row] = raised;
+  // A row without any allowed key so far has maximum -inf and shift 0, which makes its exponents -inf, not NaN.
+  scratch.shift[row] = -raised * rule.to_log2;
+  if (before == kMinusInfinity) return;
+  const float factor = std::exp2((before - raised) * rule.to_log2);
+  scratch.sum[row] *= factor;
+  float* output = scratch.output_rows[row];
+  const Vec scale = set1(factor);
+  for (std::int64_t c = 0; c < shape.value_columns; c += kLanes) store(output + c, mul(load(output + c), scale));
 }
 
-/// Scores of rows [begin, end) -> probabilities, in place, two vectors of columns per step.
+/// Readies a row of scores for SoftmaxStream.
+inline void ready_row(const ScoreRule& rule, const TileShape& shape, TileScratch& scratch, std::int64_t row,
+                      std::int64_t count) {
+  // The stream takes two vectors at a time.
+  if (count % (2 * kLanes) != 0) store(scratch.scores + row * kBlockKeys + count, set1(kMinusInfinity));
+  store(scratch.lane_sums + row * kGroupKeys, zero());
+  if (scratch.maximum[row] == kMinusInfinity) raise_maximum(rule, shape, scratch, row, count);
+}
+
+/// Scores of rows [begin, end), made ready before, -> probabilities, two vectors of columns per step.
 template <class Product>
 class SoftmaxStream {
  public:
-  SoftmaxStream(const ScoreRule& rule, TileScratch& scratch, std::int64_t begin, std::int64_t end, std::int64_t count)
-      : scratch_(scratch), begin_(begin), end_(end), factor_(rule.to_log2) {
-    steps_ = (count + 2 * kLanes - 1) / (2 * kLanes);
-    row_ = begin - 1;
-    next_row();
+  SoftmaxStream(const ScoreRule& rule, const TileShape& shape, TileScratch& scratch, std::int64_t begin,
+                std::int64_t end, std::int64_t count)
+      : rule_(rule), shape_(shape), scratch_(scratch), begin_(begin), end_(end), count_(count), row_(begin) {
+    start_row();
   }
 
-  /// Cheap when there is nothing left to do.
+  /// Does nothing when there is nothing left.
   [[gnu::always_inline]] inline void step() {
     if (row_ == end_) return;
     const Vec shift = set1(*shift_);
-    const Vec factor = set1(factor_);
+    const Vec factor = set1(rule_.to_log2);
     const Vec first = probability_of(fma(load(from_), factor, shift), Product{});
     const Vec second = probability_of(fma(load(from_ + kLanes), factor, shift), Product{});
     store(sums_, add(load(sums_), add(first, second)));
     store_probabilities(to_, first, second, Product{});
     from_ += 2 * kLanes;
     to_ += 2 * kLanes * sizeof(float) / Product::keys_per_word;
-    if (--left_ == 0) next_row();
+    if (--left_ == 0) {
+      ++row_;
+      start_row();
+    }
   }
 
-  /// Does what is left and adds the rows' sums to the scratch.
+  /// Does what is left, corrects rows whose maximum was too low, and adds the rows' sums to the scratch.
   void finish() {
     while (row_ != end_) step();
+    for (std::int64_t row = begin_; row < end_; ++row) {
+      if (any_greater(load(scratch_.lane_sums + row * kGroupKeys), set1(kLargestLaneSum))) do_again(row);
+    }
     for (std::int64_t first = begin_; first < end_; first += 4) {
       Vec sums[4];
       for (int r = 0; r < 4; ++r) sums[r] = load(scratch_.lane_sums + std::min(first + r, end_ - 1) * kGroupKeys);
@@ -90,20 +101,29 @@ class SoftmaxStream {
   }
 
  private:
-  void next_row() {
-    if (++row_ == end_) return;
+  void start_row() {
     from_ = scratch_.scores + row_ * kBlockKeys;
-    to_ = reinterpret_cast<std::byte*>(scratch_.scores + row_ * kBlockKeys);
+    to_ = reinterpret_cast<std::byte*>(scratch_.probabilities + row_ * kBlockKeys / Product::keys_per_word);
     sums_ = scratch_.lane_sums + row_ * kGroupKeys;
     shift_ = scratch_.shift + row_;
-    left_ = steps_;
+    left_ = (count_ + 2 * kLanes - 1) / (2 * kLanes);
   }
 
+  void do_again(std::int64_t row) {
+    raise_maximum(rule_, shape_, scratch_, row, count_);
+    store(scratch_.lane_sums + row * kGroupKeys, zero());
+    row_ = row;
+    start_row();
+    while (row_ == row) step();
+    row_ = end_;
+  }
+
+  const ScoreRule& rule_;
+  const TileShape& shape_;
   TileScratch& scratch_;
   std::int64_t begin_;
   std::int64_t end_;
-  float factor_;
-  std::int64_t steps_;
+  std::int64_t count_;
   std::int64_t row_;
 
   // Where the row stands.
@@ -118,6 +138,6 @@ class SoftmaxStream {
 template <class Product>
 inline void softmax_rows(const ScoreRule& rule, const TileShape& shape, TileScratch& scratch, std::int64_t begin,
                          std::int64_t end, std::int64_t count) {
-  for (std::int64_t row = begin; row < end; ++row) raise_maximum(rule, shape, scratch, row, count);
-  SoftmaxStream<Product>(rule, scratch, begin, end, count).finish();
+  for (std::int64_t row = begin; row < end; ++row) ready_row(rule, shape, scratch, row, count);
+  SoftmaxStream<Product>(rule, shape, scratch, begin, end, count).finish();
 }

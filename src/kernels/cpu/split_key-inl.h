@@ -125,7 +125,7 @@ inline void decode_output_slow(const TileShape& shape, const DecodeBlock& block,
                                std::int64_t rows) {
   for (std::int64_t row = 0; row < rows; ++row) {
     for (std::int64_t key = 0; key < block.count; ++key) {
-      const float p = scratch.scores[row * kBlockKeys + key];
+      const float p = scratch.probabilities[row * kBlockKeys + key];
       if (p == 0) continue;
       const std::int64_t whole = shape.value_dim / kPair * kPair;
       for (std::int64_t c = 0; c < shape.value_dim; ++c) {
@@ -174,7 +174,7 @@ inline void process_decode_block(const Call& call, const TileShape& shape, const
     with_dtype(shape.dtype, [&](auto dtype) {
       for (std::int64_t first = 0; first < rows; first += kDecodeRows) {
         with_count<kDecodeRows>(std::min<std::int64_t>(kDecodeRows, rows - first), [&](auto count) {
-          decode_output<decltype(dtype)::value, count()>(shape, block, scratch.scores + first * kBlockKeys,
+          decode_output<decltype(dtype)::value, count()>(shape, block, scratch.probabilities + first * kBlockKeys,
                                                          scratch.output_rows + first);
         });
       }

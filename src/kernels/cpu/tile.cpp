@@ -35,6 +35,7 @@ std::size_t carve(const TileShape& shape, bool with_queries, std::byte* memory, 
   scratch.q_stride = round_up(shape.compute_words, 16);
   scratch.q = carver.take<std::uint32_t>(rows * scratch.q_stride);
   scratch.scores = carver.take<float>(kTileRows * kBlockKeys);
+  scratch.probabilities = carver.take<float>(kTileRows * kBlockKeys);
   scratch.output = carver.take<float>(rows * shape.value_columns);
   scratch.k = carver.take<std::uint32_t>(kBlockGroups * shape.k_compute_panel);
   scratch.v = carver.take<std::uint32_t>(kBlockGroups * shape.v_panel);

@@ -76,7 +76,8 @@ struct KeyGroup {
 /// Scratch of one thread: views into one aligned buffer.
 struct TileScratch {
   std::uint32_t* q;          ///< [rows][q_stride] compute words
-  float* scores;             ///< [rows][kBlockKeys]; holds the probabilities afterwards
+  float* scores;             ///< [rows][kBlockKeys]
+  float* probabilities;      ///< [rows][kBlockKeys], or half of that in bf16
   float* output;             ///< [rows][value_columns]
   std::uint32_t* k;          ///< [kBlockGroups][k_compute_panel]
   std::uint32_t* v;          ///< [kBlockGroups][v_panel]
@@ -115,7 +116,6 @@ struct ScoreRule {
   float query_factor;  ///< multiplies q before the product (float products) or is +-1 (pair products)
   float to_natural;    ///< raw product -> natural-unit score, when modifiers look at scores
   float to_log2;       ///< raw or modified score -> exponent of 2
-  float maximum_lag;   ///< how far the running maximum may lie below a score, in units of raw or modified scores
   bool modified;       ///< modifiers or log-weights change scores
 };
 

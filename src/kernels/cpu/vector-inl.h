@@ -209,10 +209,10 @@ inline Vec at_most(Vec limit, Vec x) {
   return _mm256_min_ps(limit, x);
 }
 /// Adding 1.5 * 2^23 rounds and leaves the integer in the low mantissa bits; the 127 beside it is the exponent bias, so
-/// that shifting those bits into the exponent gives 2^whole, and 0 for whole = -127.
+/// that shifting those bits into the exponent gives 2^whole, 0 for whole = -127, infinity for 128.
 inline Vec fraction_of(Vec x, Vec& whole) {
   const Vec shift = set1(12582912.0F + 127.0F);
-  x = at_least(set1(-127.0F), x);
+  x = at_most(set1(128.0F), at_least(set1(-127.0F), x));
   whole = add(x, shift);
   return sub(x, sub(whole, shift));
 }
@@ -381,10 +381,10 @@ inline Vec at_most(Vec limit, Vec x) {
   return limit < x ? limit : x;
 }
 /// Adding 1.5 * 2^23 rounds and leaves the integer in the low mantissa bits; the 127 beside it is the exponent bias, so
-/// that shifting those bits into the exponent gives 2^whole, and 0 for whole = -127.
+/// that shifting those bits into the exponent gives 2^whole, 0 for whole = -127, infinity for 128.
 inline Vec fraction_of(Vec x, Vec& whole) {
   const Vec shift = set1(12582912.0F + 127.0F);
-  x = at_least(set1(-127.0F), x);
+  x = at_most(set1(128.0F), at_least(set1(-127.0F), x));
   whole = add(x, shift);
   return sub(x, sub(whole, shift));
 }
