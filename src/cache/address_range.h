@@ -24,6 +24,11 @@ class AddressRange {
   void release();
 
  private:
+  void prefer_huge_pages() const;
+
+  std::size_t page_ = 1;          ///< commits come in multiples of it
+  std::byte* mapping_ = nullptr;  ///< what was reserved; data_ lies in it on a page boundary
+  std::size_t reserved_ = 0;
   std::byte* data_ = nullptr;
   std::size_t size_ = 0;
   std::size_t committed_ = 0;

@@ -28,7 +28,7 @@ bool has_f16c() {
 }
 #endif
 
-bool supported(Isa isa) {
+bool find_supported(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 =
@@ -47,6 +47,16 @@ bool supported(Isa isa) {
   }
 #endif
   return isa == Isa::portable;
+}
+
+/// Asked once: on a virtual machine the question takes tens of microseconds, as long as a short decoding step.
+bool supported(Isa isa) {
+  static const auto known = [] {
+    std::array<bool, kIsaNames.size()> answers{};
+    for (std::size_t i = 0; i < answers.size(); ++i) answers[i] = find_supported(static_cast<Isa>(i));
+    return answers;
+  }();
+  return known.at(static_cast<std::size_t>(isa));
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/parallel.h"
+#include "kernels/cpu/aligned_buffer.h"
 #include "kernels/cpu/cpu.h"
 
 namespace tessera::kernels {
@@ -46,7 +47,9 @@ double measure_read_bandwidth(int threads) {
   const LevelKernels& level = level_of(supported_isas().back());
   const int team = thread_count(threads);
   constexpr std::int64_t floats = std::int64_t{1} << 27;  // 512 MiB
-  std::vector<float> buffer(static_cast<std::size_t>(floats), 1.0F);
+  const AlignedBuffer memory(floats * sizeof(float));
+  auto* buffer = reinterpret_cast<float*>(memory.data());
+  std::fill_n(buffer, floats, 1.0F);
   constexpr int rounds = 7;
   double best = 0;
   for (int round = 0; round < rounds; ++round) {
@@ -56,7 +59,7 @@ double measure_read_bandwidth(int threads) {
     {
       const int t = omp_get_thread_num();
       const std::int64_t share = floats / team;
-      sinks[static_cast<std::size_t>(t)] = level.read_loop(buffer.data() + share * t, share);
+      sinks[static_cast<std::size_t>(t)] = level.read_loop(buffer + share * t, share);
     }
     best = std::max(best, static_cast<double>(floats) * sizeof(float) / seconds_since(start) / 1e9);
   }

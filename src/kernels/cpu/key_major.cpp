@@ -78,7 +78,7 @@ bool can_run_key_major(const Plan& plan) {
 std::size_t run_key_major(const Call& call, const LevelKernels& level) {
   const Plan& plan = call.plan;
   const Problem& problem = call.problem();
-  const TileShape shape = shape_of_call(call, level, true);
+  const TileShape shape = shape_of_call(call, level);
   const ScoreRule rule = score_rule_of(call, shape);
   const std::int64_t heads = heads_per_row(plan);
   const std::int64_t chunk_queries = std::max<std::int64_t>(1, kChunkRows / heads / plan.tile_q) * plan.tile_q;

@@ -68,7 +68,7 @@ bool operator==(const PackedSources::Wish& a, const PackedSources::Wish& b) {
 
 std::size_t run_query_major(const Call& call, const LevelKernels& level) {
   const Problem& problem = call.problem();
-  const TileShape shape = shape_of_call(call, level, true);
+  const TileShape shape = shape_of_call(call, level);
   const ScoreRule rule = score_rule_of(call, shape);
   ThreadScratch scratch(call, shape, true);
 

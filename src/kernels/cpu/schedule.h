@@ -10,9 +10,8 @@
 namespace tessera::kernels {
 
 /// Pairs of bf16 are multiplied directly when the machine can and all inputs are bf16.
-inline TileShape shape_of_call(const Call& call, const LevelKernels& level, bool pairs_allowed) {
-  const bool pairs =
-      pairs_allowed && level.pairs_bf16 && call.inputs.q.dtype == DType::bf16 && call.inputs.k.dtype == DType::bf16;
+inline TileShape shape_of_call(const Call& call, const LevelKernels& level) {
+  const bool pairs = level.pairs_bf16 && call.inputs.q.dtype == DType::bf16 && call.inputs.k.dtype == DType::bf16;
   return tile_shape_of(call.problem(), call.inputs.k.dtype, pairs);
 }
 

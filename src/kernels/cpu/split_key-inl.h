@@ -15,24 +15,75 @@ struct DecodeBlock {
 /// Numbers per step: rows are read two vectors at a time.
 constexpr std::int64_t kPair = 2 * kLanes;
 
+/// Asks for the values of `count` keys of the block, and for the keys one block later.
+template <DType dtype>
+[[gnu::always_inline]] inline void fetch_rows(const TileShape& shape, const DecodeBlock& block, std::int64_t first,
+                                              std::int64_t count) {
+  constexpr std::int64_t element = dtype == DType::f32 ? 4 : 2;
+  for (std::int64_t key = first; key < std::min(first + count, block.count); ++key) {
+    const std::byte* next = block.k[key] + block.next_keys;
+    for (std::int64_t line = 0; line < shape.head_dim * element; line += 64) __builtin_prefetch(next + line);
+    for (std::int64_t line = 0; line < shape.value_dim * element; line += 64) __builtin_prefetch(block.v[key] + line);
+  }
+}
+
+#if defined(TESSERA_LEVEL_BF16)
+/// scores[r][key] for `rows` rows and all keys of the block, by products of bf16 pairs, which are exact.
+template <int rows>
+inline void decode_scores_of_pairs(const TileShape& shape, const std::uint32_t* const* q_rows, const DecodeBlock& block,
+                                   float* scores) {
+  constexpr std::int64_t vector_words = 16;
+  const std::int64_t whole = shape.storage_words / vector_words * vector_words;
+  const auto tail_bytes = static_cast<std::size_t>(shape.head_dim - 2 * whole) * sizeof(std::uint16_t);
+  for (std::int64_t key = 0; key < block.count; key += 4) {
+    fetch_rows<DType::bf16>(shape, block, key, 4);
+    const std::byte* k[4];
+    for (int i = 0; i < 4; ++i) k[i] = block.k[std::min(key + i, block.count - 1)];
+    Vec acc[rows][4];
+    const auto multiply = [&](const Vec(&x)[4], std::int64_t word) {
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        const Vec q = load_words(q_rows[r] + word);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) acc[r][i] = PairProduct::multiply_add(q, x[i], acc[r][i]);
+      }
+    };
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) acc[r][i] = zero();
+    }
+    for (std::int64_t word = 0; word < whole; word += vector_words) {
+      Vec x[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) x[i] = load_words(reinterpret_cast<const std::uint32_t*>(k[i]) + word);
+      multiply(x, word);
+    }
+    if (tail_bytes > 0) {
+      Vec x[4];
+      for (int i = 0; i < 4; ++i) {
+        std::uint32_t words[vector_words] = {};
+        std::memcpy(words, k[i] + whole * sizeof(std::uint32_t), tail_bytes);
+        x[i] = load_words(words);
+      }
+      multiply(x, whole);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) reduce_add4(acc[r], scores + r * kBlockKeys + key);
+  }
+}
+#endif
+
 /// scores[r][key] for `rows` rows and all keys of the block; q_rows are in the order of load_storage_pair. While it
 /// computes, it asks for the values of the same keys and for the keys of the next block.
 template <DType dtype, int rows>
 inline void decode_scores(const TileShape& shape, const std::uint32_t* const* q_rows, const DecodeBlock& block,
                           float* scores) {
   const std::int64_t whole = shape.head_dim / kPair * kPair;
-  const auto line_numbers = static_cast<std::int64_t>(64 / size_of(dtype));
   for (std::int64_t key = 0; key < block.count; key += 2) {
     const std::byte* k0 = block.k[key];
     const std::byte* k1 = block.k[std::min(key + 1, block.count - 1)];
-    for (std::int64_t line = 0; line < shape.head_dim; line += line_numbers) {
-      __builtin_prefetch(k0 + block.next_keys + line / line_numbers * 64);
-      __builtin_prefetch(k1 + block.next_keys + line / line_numbers * 64);
-    }
-    for (std::int64_t line = 0; line < shape.value_dim; line += line_numbers) {
-      __builtin_prefetch(block.v[key] + line / line_numbers * 64);
-      __builtin_prefetch(block.v[std::min(key + 1, block.count - 1)] + line / line_numbers * 64);
-    }
+    fetch_rows<dtype>(shape, block, key, 2);
     Vec acc0[4];
     Vec acc1[4];
     for (int r = 0; r < 4; ++r) acc0[r] = acc1[r] = zero();
@@ -152,6 +203,12 @@ inline void process_decode_block(const Call& call, const TileShape& shape, const
   with_dtype(shape.dtype, [&](auto dtype) {
     for (std::int64_t first = 0; first < rows; first += kDecodeRows) {
       with_count<kDecodeRows>(std::min<std::int64_t>(kDecodeRows, rows - first), [&](auto count) {
+#if defined(TESSERA_LEVEL_BF16)
+        if (shape.pair_product) {
+          decode_scores_of_pairs<count()>(shape, scratch.q_rows + first, block, scratch.scores + first * kBlockKeys);
+          return;
+        }
+#endif
         decode_scores<decltype(dtype)::value, count()>(shape, scratch.q_rows + first, block,
                                                        scratch.scores + first * kBlockKeys);
       });
@@ -246,7 +303,7 @@ void attend_piece(const Call& call, const TileShape& shape, const ScoreRule& rul
   const Plan& plan = call.plan;
   const std::int64_t rows = job.rows();
   stage_rows(call, shape, rule, job, 0, rows, scratch);
-  for (std::int64_t r = 0; r < rows; ++r) {
+  for (std::int64_t r = 0; r < rows && !shape.pair_product; ++r) {
     reorder_pairs(shape.dtype, shape.head_dim, false, reinterpret_cast<float*>(scratch.q + r * scratch.q_stride));
   }
   const std::int32_t lowest = *std::min_element(scratch.position, scratch.position + rows);

@@ -95,7 +95,7 @@ Work cut(const Call& call) {
 
 std::size_t run_split_key(const Call& call, const LevelKernels& level) {
   const Problem& problem = call.problem();
-  const TileShape shape = shape_of_call(call, level, false);
+  const TileShape shape = shape_of_call(call, level);
   const ScoreRule rule = score_rule_of(call, shape);
   const Work work = cut(call);
 
