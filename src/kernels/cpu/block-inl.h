@@ -197,9 +197,13 @@ inline void fetch_ahead(const TileShape& shape, const TileScratch& scratch, std:
   constexpr std::int64_t line = 16;  // words
   const auto fetch = [&](const std::uint32_t* const* panels, std::int64_t panel_words) {
     const std::int64_t lines = panel_words / line;
-    const std::int64_t end = scratch.next_count * lines * (part + 1) / parts;
-    for (std::int64_t i = scratch.next_count * lines * part / parts; i < end; ++i) {
-      __builtin_prefetch(panels[i / lines] + i % lines * line, 0, 2);
+    const std::int64_t begin = scratch.next_count * lines * part / parts;
+    std::int64_t left = scratch.next_count * lines * (part + 1) / parts - begin;
+    std::int64_t in_panel = begin % lines;
+    for (std::int64_t panel = begin / lines; left > 0; ++panel, in_panel = 0) {
+      const std::int64_t end = std::min(lines, in_panel + left);
+      left -= end - in_panel;
+      for (; in_panel < end; ++in_panel) __builtin_prefetch(panels[panel] + in_panel * line, 0, 2);
     }
   };
   fetch(scratch.next_k, shape.k_storage_panel);
