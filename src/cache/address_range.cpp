@@ -37,7 +37,8 @@ AddressRange::AddressRange(std::size_t bytes)
   require(address != MAP_FAILED, "cannot reserve {} bytes of addresses: {}", size_,
           std::generic_category().message(errno));
   mapping_ = static_cast<std::byte*>(address);
-  data_ = reinterpret_cast<std::byte*>(round_up(reinterpret_cast<std::uintptr_t>(address), page_));
+  const auto place = reinterpret_cast<std::uintptr_t>(address);
+  data_ = mapping_ + (round_up(place, page_) - place);
   prefer_huge_pages();
 }
 
