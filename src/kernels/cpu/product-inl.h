@@ -33,7 +33,11 @@ constexpr int kRegisterPanels = 1;
 #endif
 
 /// Steps of a product between two steps of what runs in its shadow.
+#if defined(TESSERA_EMULATE_AVX512)
+constexpr int kShadowSteps = 1;  // eight copies of every emulated product take the compiler minutes
+#else
 constexpr int kShadowSteps = 8;
+#endif
 
 template <class Product, int rows, int panels>
 [[gnu::always_inline]] inline void multiply_step(Vec (&acc)[rows][panels * kVecsPer16],
