@@ -208,16 +208,8 @@ inline Vec at_least(Vec limit, Vec x) {
 inline Vec at_most(Vec limit, Vec x) {
   return _mm256_min_ps(limit, x);
 }
-/// Adding 1.5 * 2^23 rounds and leaves the integer in the low mantissa bits; the 127 beside it is the exponent bias, so
-/// that shifting those bits into the exponent gives 2^whole, 0 for whole = -127, infinity for 128.
-inline Vec fraction_of(Vec x, Vec& whole) {
-  const Vec shift = set1(12582912.0F + 127.0F);
-  x = at_most(set1(128.0F), at_least(set1(-127.0F), x));
-  whole = add(x, shift);
-  return sub(x, sub(whole, shift));
-}
-inline Vec times_two_to(Vec x, Vec whole) {
-  return mul(x, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(whole), 23)));
+inline Vec shift_into_exponent(Vec x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
 }
 inline float reduce_max(Vec x) {
   __m128 h = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -380,16 +372,8 @@ inline Vec at_least(Vec limit, Vec x) {
 inline Vec at_most(Vec limit, Vec x) {
   return limit < x ? limit : x;
 }
-/// Adding 1.5 * 2^23 rounds and leaves the integer in the low mantissa bits; the 127 beside it is the exponent bias, so
-/// that shifting those bits into the exponent gives 2^whole, 0 for whole = -127, infinity for 128.
-inline Vec fraction_of(Vec x, Vec& whole) {
-  const Vec shift = set1(12582912.0F + 127.0F);
-  x = at_most(set1(128.0F), at_least(set1(-127.0F), x));
-  whole = add(x, shift);
-  return sub(x, sub(whole, shift));
-}
-inline Vec times_two_to(Vec x, Vec whole) {
-  return mul(x, reinterpret_cast<Vec>(reinterpret_cast<IntVec>(whole) << 23));
+inline Vec shift_into_exponent(Vec x) {
+  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) << 23);
 }
 inline bool any_greater(Vec a, Vec b) {
   bool found = false;
@@ -466,6 +450,20 @@ inline void transpose_block(const std::byte* const* rows, std::int64_t byte_offs
 }
 constexpr int kTransposeWords = 8;
 
+#endif
+
+#if !defined(TESSERA_LEVEL_AVX512)
+/// Adding 1.5 * 2^23 rounds and leaves the integer in the low mantissa bits; the 127 beside it is the exponent bias, so
+/// that shifting those bits into the exponent gives 2^whole, 0 for whole = -127, infinity for 128.
+inline Vec fraction_of(Vec x, Vec& whole) {
+  const Vec shift = set1(12582912.0F + 127.0F);
+  x = at_most(set1(128.0F), at_least(set1(-127.0F), x));
+  whole = add(x, shift);
+  return sub(x, sub(whole, shift));
+}
+inline Vec times_two_to(Vec x, Vec whole) {
+  return mul(x, shift_into_exponent(whole));
+}
 #endif
 
 /// Vectors in a row of 16 numbers: keys and value columns are handled 16 at a time on every machine.

@@ -121,5 +121,13 @@ TEST(XAttention, ThresholdsAreReadPerLayerAndHead) {
   std::filesystem::remove(path);
 }
 
+TEST(XAttention, NeedsTensors) {
+  Problem problem;
+  problem.q_len = problem.kv_len = 1000;
+  problem.head_dim = problem.value_dim = 64;
+  problem.causal = true;
+  EXPECT_THROW(make_method("xattention")->plan(problem, {}, {}), Error);
+}
+
 }  // namespace
 }  // namespace tessera
