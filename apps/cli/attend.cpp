@@ -34,13 +34,10 @@ struct Options {
   bool json = false;
 };
 
-/// One tensor of the file; `storage` holds a copy where the file leaves it unaligned.
-TensorView load(const SafetensorsFile& file, const std::string& name, std::vector<std::byte>& storage) {
+/// A view of a tensor with at most 4 axes, missing ones in front; `storage` holds a copy where the file leaves it
+/// unaligned.
+TensorView view_in_file(const SafetensorsFile& file, const std::string& name, std::vector<std::byte>& storage) {
   const TensorInfo& info = file.info(name);
-  require(is_attention_dtype(info.dtype), "{}: tensor '{}' has dtype {}; expected F32, BF16 or F16", file.name(), name,
-          info.dtype_name);
-  require(info.shape.size() == 4, "{}: tensor '{}' has shape [{}]; expected 4 axes: batch, heads, tokens, dim",
-          file.name(), name, fmt::join(info.shape, ", "));
   require(std::find(info.shape.begin(), info.shape.end(), 0) == info.shape.end(),
           "{}: tensor '{}' has shape [{}]; expected 1 or more on every axis", file.name(), name,
           fmt::join(info.shape, ", "));
@@ -49,7 +46,30 @@ TensorView load(const SafetensorsFile& file, const std::string& name, std::vecto
     storage.assign(bytes.begin(), bytes.end());
     bytes = storage;
   }
-  return view_of(bytes.data(), info.dtype, {info.shape[0], info.shape[1], info.shape[2], info.shape[3]});
+  std::array<std::int64_t, 4> shape{1, 1, 1, 1};
+  std::copy_backward(info.shape.begin(), info.shape.end(), shape.end());
+  return view_of(bytes.data(), info.dtype, shape);
+}
+
+TensorView load(const SafetensorsFile& file, const std::string& name, std::vector<std::byte>& storage) {
+  const TensorInfo& info = file.info(name);
+  require(is_attention_dtype(info.dtype), "{}: tensor '{}' has dtype {}; expected F32, BF16 or F16", file.name(), name,
+          info.dtype_name);
+  require(info.shape.size() == 4, "{}: tensor '{}' has shape [{}]; expected 4 axes: batch, heads, tokens, dim",
+          file.name(), name, fmt::join(info.shape, ", "));
+  return view_in_file(file, name, storage);
+}
+
+/// Every other tensor of f32, bf16 or f16 with at most 4 axes, for methods that read more than q, k, v (gates, decays,
+/// learned weights).
+void load_side(const SafetensorsFile& file, AttentionInputs& inputs, std::vector<std::vector<std::byte>>& storage) {
+  for (const std::string& name : file.names()) {
+    const TensorInfo& info = file.info(name);
+    if (name == "q" || name == "k" || name == "v") continue;
+    if (!is_attention_dtype(info.dtype) || info.shape.size() > 4) continue;
+    storage.emplace_back();
+    inputs.side.push_back({name, view_in_file(file, name, storage.back())});
+  }
 }
 
 /// Output and LSE of one call, owned.
@@ -111,6 +131,8 @@ void run_attend(const Options& options) {
   inputs.q = load(file, "q", storage[0]);
   inputs.k = load(file, "k", storage[1]);
   inputs.v = load(file, "v", storage[2]);
+  std::vector<std::vector<std::byte>> side_storage;
+  load_side(file, inputs, side_storage);
   Problem problem = problem_of(inputs.q, inputs.k, inputs.v, options.causal);
   problem.scale = options.scale;
   problem.q_offset = options.q_offset;
@@ -162,7 +184,8 @@ void add_attend(CLI::App& app) {
                                   "--out o.safetensors");
   command
       ->add_option("--qkv", options->qkv,
-                   "Safetensors file with q [B,Hq,Nq,D], k [B,Hkv,Nk,D], v [B,Hkv,Nk,Dv] in f32, bf16 or f16")
+                   "Safetensors file with q [B,Hq,Nq,D], k [B,Hkv,Nk,D], v [B,Hkv,Nk,Dv] in f32, bf16 or f16; further "
+                   "tensors of these types are side inputs of the method")
       ->required();
   command->add_option("--method", options->method, "SPEC: name, name:key=value,... or a JSON file")
       ->capture_default_str();

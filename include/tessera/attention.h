@@ -40,6 +40,13 @@ struct KeySource {
   std::span<const float> log_weight;  ///< [batch, kv_heads, keys]; empty = all 0
 };
 
+/// A further tensor that a method reads beside q, k, v: gates, decays, learned weights. The method documents the names
+/// it knows, their shapes and which of them it needs.
+struct SideTensor {
+  std::string name;
+  TensorView view;
+};
+
 /// What one attention call reads.
 struct AttentionInputs {
   TensorView q;  ///< [B, Hq, Nq, D]
@@ -48,6 +55,15 @@ struct AttentionInputs {
   PageTable pages;
   std::vector<KeySource> sources;  ///< sources[i] belongs to Plan::sources[i + 1]
   Modifiers modifiers;
+  std::vector<SideTensor> side;
+
+  /// The side tensor of that name, or null.
+  const TensorView* find_side(std::string_view name) const {
+    for (const SideTensor& tensor : side) {
+      if (tensor.name == name) return &tensor.view;
+    }
+    return nullptr;
+  }
 };
 
 /// Where it writes. Rows that select no key yield output 0 and LSE -inf.
