@@ -14,12 +14,12 @@ inline int thread_count(int requested) {
   return requested > 0 ? requested : omp_get_max_threads();
 }
 
-/// body(i, thread) for i in [0, count), handed out one at a time in ascending order: put long items first.
+/// body(i, thread) for i in [0, count), handed out in ascending order, `together` at a time: put long items first.
 template <class Body>
-void parallel_for(std::int64_t count, int threads, const Body& body) {
+void parallel_for(std::int64_t count, int threads, const Body& body, std::int64_t together = 1) {
   std::exception_ptr error;
   const int team = count > 1 ? thread_count(threads) : 1;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1)
+#pragma omp parallel for schedule(dynamic, together) num_threads(team) if (team > 1)
   for (std::int64_t i = 0; i < count; ++i) {
     try {
       body(i, omp_get_thread_num());

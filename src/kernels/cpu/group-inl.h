@@ -40,8 +40,8 @@ inline void prefetch_listed(const TileShape& shape, const PackedSource& source, 
   for (std::int64_t i = from; i < to; ++i) {
     const std::byte* k = source.k.row(list[i]);
     const std::byte* v = source.v.row(list[i]);
-    for (std::int64_t line = 0; line < shape.head_dim * element; line += 64) __builtin_prefetch(k + line);
-    for (std::int64_t line = 0; line < shape.value_dim * element; line += 64) __builtin_prefetch(v + line);
+    for (std::int64_t line = 0; line < shape.head_dim * element; line += 64) __builtin_prefetch(k + line, 0, 2);
+    for (std::int64_t line = 0; line < shape.value_dim * element; line += 64) __builtin_prefetch(v + line, 0, 2);
   }
 }
 

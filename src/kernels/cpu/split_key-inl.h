@@ -3,29 +3,55 @@
 
 constexpr std::int64_t kDecodeKeys = 64;  // keys of a block: their rows stay in L1 between scores and output
 constexpr int kDecodeRows = 4;
+/// Rows are asked for this long before they are read: bytes of consecutive key rows, keys of a list.
+constexpr std::int64_t kRunAhead = std::int64_t{64} << 10;
+constexpr std::int64_t kListAhead = 64;
 
 /// The keys of one decode block.
 struct DecodeBlock {
   const std::byte* k[kDecodeKeys];
   const std::byte* v[kDecodeKeys];
+  std::int64_t ahead_k[kBlockGroups];  ///< per 16 keys: bytes from a row to the one to ask for meanwhile
+  std::int64_t ahead_v[kBlockGroups];
   std::int64_t count = 0;
-  std::int64_t next_keys = 0;  ///< bytes from a key row to the row one block later, where keys are contiguous
 };
 
 /// Numbers per step: rows are read two vectors at a time.
 constexpr std::int64_t kPair = 2 * kLanes;
 
-/// Asks for the values of `count` keys of the block, and for the keys one block later.
-template <DType dtype>
-[[gnu::always_inline]] inline void fetch_rows(const TileShape& shape, const DecodeBlock& block, std::int64_t first,
-                                              std::int64_t count) {
-  constexpr std::int64_t element = dtype == DType::f32 ? 4 : 2;
-  for (std::int64_t key = first; key < std::min(first + count, block.count); ++key) {
-    const std::byte* next = block.k[key] + block.next_keys;
-    for (std::int64_t line = 0; line < shape.head_dim * element; line += 64) __builtin_prefetch(next + line);
-    for (std::int64_t line = 0; line < shape.value_dim * element; line += 64) __builtin_prefetch(block.v[key] + line);
-  }
+/// Asks for the lines that begin in bytes [offset, offset + bytes) of a row. Into L2: its queue of misses is longer
+/// than that of L1. A few lines at a time, between products: a burst would hold up the loads behind it.
+template <std::int64_t bytes>
+[[gnu::always_inline]] inline void ask_for(const std::byte* row, std::int64_t offset) {
+  constexpr std::int64_t line = 64;
+  if (bytes < line && offset % line != 0) return;
+  for (std::int64_t i = 0; i < bytes; i += line) __builtin_prefetch(row + offset + i, 0, 2);
 }
+
+/// The value rows to ask for meanwhile, line after line: in the order of memory, whatever part of the rows the output
+/// is at, because the machine then reads on by itself.
+class ValueWalk {
+ public:
+  ValueWalk(const TileShape& shape, const DecodeBlock& block)
+      : block_(block), row_bytes_(shape.value_dim * static_cast<std::int64_t>(size_of(shape.dtype))) {}
+
+  [[gnu::always_inline]] inline void ask_for_lines(std::int64_t lines) {
+    constexpr std::int64_t line = 64;
+    for (std::int64_t i = 0; i < lines; ++i) {
+      __builtin_prefetch(block_.v[key_] + block_.ahead_v[key_ / kGroupKeys] + offset_, 0, 2);
+      offset_ += line;
+      if (offset_ < row_bytes_) continue;
+      offset_ = 0;
+      if (key_ + 1 < block_.count) ++key_;
+    }
+  }
+
+ private:
+  const DecodeBlock& block_;
+  std::int64_t row_bytes_;
+  std::int64_t key_ = 0;
+  std::int64_t offset_ = 0;
+};
 
 #if defined(TESSERA_LEVEL_BF16)
 /// scores[r][key] for `rows` rows and all keys of the block, by products of bf16 pairs, which are exact.
@@ -36,9 +62,9 @@ inline void decode_scores_of_pairs(const TileShape& shape, const std::uint32_t* 
   const std::int64_t whole = shape.storage_words / vector_words * vector_words;
   const auto tail_bytes = static_cast<std::size_t>(shape.head_dim - 2 * whole) * sizeof(std::uint16_t);
   for (std::int64_t key = 0; key < block.count; key += 4) {
-    fetch_rows<DType::bf16>(shape, block, key, 4);
     const std::byte* k[4];
     for (int i = 0; i < 4; ++i) k[i] = block.k[std::min(key + i, block.count - 1)];
+    const std::int64_t ahead = block.ahead_k[key / kGroupKeys];
     Vec acc[rows][4];
     const auto multiply = [&](const Vec(&x)[4], std::int64_t word) {
 #pragma GCC unroll 4
@@ -56,7 +82,10 @@ inline void decode_scores_of_pairs(const TileShape& shape, const std::uint32_t* 
     for (std::int64_t word = 0; word < whole; word += vector_words) {
       Vec x[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) x[i] = load_words(reinterpret_cast<const std::uint32_t*>(k[i]) + word);
+      for (int i = 0; i < 4; ++i) {
+        x[i] = load_words(reinterpret_cast<const std::uint32_t*>(k[i]) + word);
+        ask_for<sizeof(Vec)>(k[i] + ahead, word * 4);
+      }
       multiply(x, word);
     }
     if (tail_bytes > 0) {
@@ -74,16 +103,16 @@ inline void decode_scores_of_pairs(const TileShape& shape, const std::uint32_t* 
 }
 #endif
 
-/// scores[r][key] for `rows` rows and all keys of the block; q_rows are in the order of load_storage_pair. While it
-/// computes, it asks for the values of the same keys and for the keys of the next block.
+/// scores[r][key] for `rows` rows and all keys of the block; q_rows are in the order of load_storage_pair.
 template <DType dtype, int rows>
 inline void decode_scores(const TileShape& shape, const std::uint32_t* const* q_rows, const DecodeBlock& block,
                           float* scores) {
+  constexpr std::int64_t element = dtype == DType::f32 ? 4 : 2;
   const std::int64_t whole = shape.head_dim / kPair * kPair;
   for (std::int64_t key = 0; key < block.count; key += 2) {
     const std::byte* k0 = block.k[key];
     const std::byte* k1 = block.k[std::min(key + 1, block.count - 1)];
-    fetch_rows<dtype>(shape, block, key, 2);
+    const std::int64_t ahead = block.ahead_k[key / kGroupKeys];
     Vec acc0[4];
     Vec acc1[4];
     for (int r = 0; r < 4; ++r) acc0[r] = acc1[r] = zero();
@@ -92,6 +121,8 @@ inline void decode_scores(const TileShape& shape, const std::uint32_t* const* q_
       Vec x1[2];
       load_storage_pair<dtype>(k0, d, x0[0], x0[1]);
       load_storage_pair<dtype>(k1, d, x1[0], x1[1]);
+      ask_for<kPair * element>(k0 + ahead, d * element);
+      ask_for<kPair * element>(k1 + ahead, d * element);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) {
         const float* q = reinterpret_cast<const float*>(q_rows[r]) + d;
@@ -126,6 +157,8 @@ inline void decode_scores(const TileShape& shape, const std::uint32_t* const* q_
 template <DType dtype, int rows>
 inline void decode_output(const TileShape& shape, const DecodeBlock& block, const float* probabilities,
                           float* const* output) {
+  constexpr std::int64_t step_bytes = kPair * (dtype == DType::f32 ? 4 : 2);
+  ValueWalk walk(shape, block);
   const std::int64_t whole = shape.value_dim / kPair * kPair;
   for (std::int64_t c = 0; c < whole; c += kPair) {
     Vec acc[rows][2];
@@ -137,6 +170,7 @@ inline void decode_output(const TileShape& shape, const DecodeBlock& block, cons
     for (std::int64_t key = 0; key < block.count; ++key) {
       Vec v[2];
       load_storage_pair<dtype>(block.v[key], c, v[0], v[1]);
+      walk.ask_for_lines(step_bytes >= 64 ? step_bytes / 64 : key % 2);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) {
         const Vec p = set1(probabilities[r * kBlockKeys + key]);
@@ -243,9 +277,9 @@ inline void process_decode_block(const Call& call, const TileShape& shape, const
 }
 
 /// Adds up to 16 keys of an entry to the block as one group; the caller starts every group on a multiple of 16.
-inline void add_decode_group(const Call& call, const TileJob& job, const PlanEntry& entry, const PackedSource& source,
-                             std::int64_t first, std::int64_t count, std::int32_t lowest, std::int32_t highest,
-                             TileScratch& scratch, DecodeBlock& block) {
+inline void add_decode_group(const Call& call, const TileShape& shape, const TileJob& job, const PlanEntry& entry,
+                             const PackedSource& source, std::int64_t first, std::int64_t count, std::int32_t lowest,
+                             std::int32_t highest, TileScratch& scratch, DecodeBlock& block) {
   const Plan& plan = call.plan;
   const Plan::KeyRange range = plan.keys_of(entry, job.block);
   const std::int32_t* list = entry.kind == EntryKind::gather ? plan.tokens.data() + range.begin : nullptr;
@@ -259,11 +293,17 @@ inline void add_decode_group(const Call& call, const TileJob& job, const PlanEnt
   std::int32_t* keys = scratch.keys + g * kGroupKeys;
   group.first_key = INT32_MAX;
   group.last_key = INT32_MIN;
+  const auto key_at = [&](std::int64_t place) -> std::int64_t {
+    const std::int64_t key = list != nullptr ? list[place] : range.begin + place;
+    return order != nullptr ? order[key] : key;
+  };
+  const std::int64_t later = first + kRunAhead / (shape.head_dim * static_cast<std::int64_t>(size_of(shape.dtype)));
+  const bool known = !scattered && later < range.count;
+  block.ahead_k[g] = known ? source.k.row(range.begin + later) - source.k.row(range.begin + first) : 0;
+  block.ahead_v[g] = known ? source.v.row(range.begin + later) - source.v.row(range.begin + first) : 0;
   std::int64_t contiguous = 0;
-  block.next_keys = scattered ? 0 : kDecodeKeys * source.k.row_bytes;
   for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t place_of_key = list != nullptr ? list[first + i] : range.begin + first + i;
-    const std::int64_t key = order != nullptr ? order[place_of_key] : place_of_key;
+    const std::int64_t key = key_at(first + i);
     keys[i] = static_cast<std::int32_t>(key);
     group.first_key = std::min(group.first_key, keys[i]);
     group.last_key = std::max(group.last_key, keys[i]);
@@ -317,15 +357,17 @@ void attend_piece(const Call& call, const TileShape& shape, const ScoreRule& rul
     const PlanEntry& entry = plan.entries.data()[e];
     const std::int64_t end = std::min(plan.keys_of(entry, job.block).count, offset + remaining);
     const PackedSource& source = sources[entry.source];
+    const std::int64_t asked_from = offset;
     while (offset < end) {
       // Groups start on multiples of 16 columns: a short group closes the block.
       const std::int64_t count = std::min(kGroupKeys, end - offset);
       if (entry.kind == EntryKind::gather) {
         const std::int32_t* list = plan.tokens.data() + entry.begin;
-        prefetch_listed(shape, source, list, std::min(offset + 2 * kGroupKeys, end),
-                        std::min(offset + 3 * kGroupKeys, end));
+        const std::int64_t ahead = offset == asked_from ? 0 : kListAhead;
+        prefetch_listed(shape, source, list, std::min(offset + ahead, end),
+                        std::min(offset + kListAhead + kGroupKeys, end));
       }
-      add_decode_group(call, job, entry, source, offset, count, lowest, highest, scratch, block);
+      add_decode_group(call, shape, job, entry, source, offset, count, lowest, highest, scratch, block);
       offset += count;
       remaining -= count;
       if (block.count == kDecodeKeys || count != kGroupKeys) {

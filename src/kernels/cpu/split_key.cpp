@@ -13,6 +13,7 @@ namespace tessera::kernels {
 namespace {
 
 constexpr std::int64_t kPieceKeys = 2048;
+constexpr std::int64_t kSharesPerThread = 8;
 
 struct Row {
   TileJob job;
@@ -117,13 +118,17 @@ std::size_t run_split_key(const Call& call, const LevelKernels& level) {
   auto* output = reinterpret_cast<float*>(output_memory.data());
 
   ThreadScratch scratch(call, shape, true);
-  parallel_for(static_cast<std::int64_t>(work.pieces.size()), call.threads, [&](std::int64_t i, int thread) {
+  const auto pieces = static_cast<std::int64_t>(work.pieces.size());
+  // Neighbouring pieces to one thread: the keys that it asks for ahead at the end of a piece are those it reads next.
+  const std::int64_t together = std::max<std::int64_t>(1, pieces / (kSharesPerThread * thread_count(call.threads)));
+  const auto attend = [&](std::int64_t i, int thread) {
     const std::size_t r = work.row_of_piece[static_cast<std::size_t>(i)];
     const Row& row = work.rows[r];
     const std::size_t state = state_begin[r] + static_cast<std::size_t>((i - row.first_piece) * row.job.rows());
     level.attend_piece(call, shape, rule, row.job, work.pieces[static_cast<std::size_t>(i)], sources.of(row.pair),
                        scratch.of(thread), maximum.data() + state, sum.data() + state, output + state * columns);
-  });
+  };
+  parallel_for(pieces, call.threads, attend, together);
   parallel_for(static_cast<std::int64_t>(work.rows.size()), call.threads, [&](std::int64_t r, int) {
     const Row& row = work.rows[static_cast<std::size_t>(r)];
     const std::size_t state = state_begin[static_cast<std::size_t>(r)];
