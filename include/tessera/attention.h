@@ -71,6 +71,10 @@ struct AttentionOutputs {
   MutableTensorView o;  ///< [B, Hq, Nq, Dv] in f32, bf16 or f16
   /// Natural-log log-sum-exp: [B, Hq, Nq], in variable-length batches [Hq, total queries]; empty = not wanted.
   std::span<float> lse;
+  /// By-product, f32 [B, Hq, Nq, Nk] of a uniform batch: what the softmax sees of each computed pair of source 0
+  /// (scaled, after all modifiers, natural units). Pairs that the plan leaves out or masks are left as they are.
+  /// Written by the split-key and the reference kernel; data null = not wanted.
+  MutableTensorView scores = {};
 };
 
 /// Instruction sets with their own build of the kernel text.

@@ -27,6 +27,13 @@ void check_outputs(const Problem& problem, const AttentionOutputs& outputs) {
   const auto rows = static_cast<std::size_t>(batch * problem.q_heads * problem.q_len);
   require(outputs.lse.empty() || outputs.lse.size() == rows, "lse has {} elements; expected {}", outputs.lse.size(),
           rows);
+  const MutableTensorView& scores = outputs.scores;
+  if (scores.data == nullptr) return;
+  const std::array<std::int64_t, 4> pairs{problem.batch, problem.q_heads, problem.q_len, problem.kv_len};
+  require(!problem.variable_length(), "scores need a uniform batch");
+  require(scores.dtype == DType::f32 && scores.shape == pairs && scores.strides[3] == 1,
+          "scores is {} [{}] with stride {} on its last axis; expected f32 [{}] and 1", name_of(scores.dtype),
+          fmt::join(scores.shape, ", "), scores.strides[3], fmt::join(pairs, ", "));
 }
 
 void check_sources(const Plan& plan, const AttentionInputs& inputs) {
@@ -84,7 +91,14 @@ RunReport run(const Plan& plan, const AttentionInputs& inputs, const AttentionOu
   kernels::clear_uncovered_rows(call);
 
   RunReport report;
-  report.kernel = options.kernel == KernelKind::automatic ? choose_kernel(plan) : options.kernel;
+  report.kernel = options.kernel;
+  if (report.kernel == KernelKind::automatic) {
+    report.kernel = outputs.scores.data != nullptr ? KernelKind::split_key : choose_kernel(plan);
+  }
+  require(outputs.scores.data == nullptr || report.kernel == KernelKind::split_key ||
+              report.kernel == KernelKind::reference,
+          "scores are not a by-product of the {} kernel; expected split-key, reference or automatic",
+          name_of(report.kernel));
   report.isa = options.isa.value_or(default_isa());
   report.threads = call.threads;
   if (report.kernel == KernelKind::reference) {

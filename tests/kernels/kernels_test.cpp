@@ -264,6 +264,66 @@ TEST(Kernels, SlowlyRisingScoresKeepTheirPrecision) {
   }
 }
 
+/// The scores that the split-key kernel hands out are those of the reference, and only computed pairs are written.
+TEST(Kernels, ScoresAreAByProduct) {
+  constexpr float untouched = -12345.0F;
+  for (int seed = 0; seed < 24; ++seed) {
+    Random random(static_cast<std::uint64_t>(seed));
+    Problem problem = random_problem(random);
+    while (problem.variable_length()) problem = random_problem(random);
+    CaseOptions options = random_options(random);
+    options.modifiers = seed % 3 == 0;
+    RandomPlanOptions plan_options;
+    plan_options.query_orders = seed % 4 == 1;
+    plan_options.key_orders = seed % 4 == 2;
+    const KernelCase c(random, RandomPlan(random, problem, plan_options).make(), options);
+    const auto evaluate = [&](const auto& run_it) {
+      const Problem& p = c.plan.problem;
+      OwnedTensor scores(DType::f32, {p.batch, p.q_heads, p.q_len, p.kv_len}, Layout::bhnd, 3);
+      auto* begin = reinterpret_cast<float*>(scores.memory.data());
+      const std::span<float> all(begin, scores.memory.size() / sizeof(float));
+      std::fill(all.begin(), all.end(), untouched);
+      c.evaluate(options.output, [&](AttentionOutputs outputs) {
+        outputs.scores = scores.view;
+        run_it(outputs);
+      });
+      return std::vector<float>(all.begin(), all.end());
+    };
+    const std::vector<float> expected = evaluate([&](const AttentionOutputs& outputs) {
+      RunOptions run_options;
+      run_options.kernel = KernelKind::reference;
+      run(c.plan, c.inputs, outputs, run_options);
+    });
+    for (const TestedLevel& level : tested_levels()) {
+      const std::vector<float> actual = evaluate([&](const AttentionOutputs& outputs) {
+        kernels::run_split_key({c.plan, c.inputs, outputs, 2, std::size_t{48} << 20}, *level.kernels);
+      });
+      for (std::size_t i = 0; i < expected.size(); ++i) {
+        ASSERT_NEAR(expected[i], actual[i], 1e-3F * (1 + std::fabs(expected[i])))
+            << "seed " << seed << " " << level.name << " " << i;
+      }
+    }
+  }
+}
+
+TEST(Kernels, ScoresAreRefusedWhereNoKernelWritesThem) {
+  Random random(3);
+  Problem problem = small_problem();
+  const KernelCase c(random, dense_plan(problem, 16, 16), {});
+  const Problem& p = c.plan.problem;
+  OwnedTensor scores(DType::f32, {p.batch, p.q_heads, p.q_len, p.kv_len}, Layout::bhnd, 0);
+  OwnedTensor wrong(DType::f32, {p.batch, p.q_heads, p.q_len, p.kv_len + 1}, Layout::bhnd, 0);
+  c.evaluate(DType::f32, [&](AttentionOutputs outputs) {
+    RunOptions run_options;
+    run_options.kernel = KernelKind::query_major;
+    outputs.scores = scores.view;
+    EXPECT_THROW(run(c.plan, c.inputs, outputs, run_options), Error);
+    EXPECT_EQ(run(c.plan, c.inputs, outputs).kernel, KernelKind::split_key);
+    outputs.scores = wrong.view;
+    EXPECT_THROW(run(c.plan, c.inputs, outputs), Error);
+  });
+}
+
 /// Calls that share a workspace give what calls without one give, whatever came before them.
 TEST(Kernels, WorkspaceIsReused) {
   Workspace workspace;

@@ -231,6 +231,26 @@ inline bool any_value_nonfinite(const TileShape& shape, const DecodeBlock& block
   return false;
 }
 
+/// Writes the scores of one row to the caller's by-product.
+inline void dump_scores(const Call& call, const ScoreRule& rule, const TileJob& job, const TileScratch& scratch,
+                        std::int64_t row) {
+  const std::int64_t batch = call.problem().tensor_batch_of(job.sequence);
+  auto* out = reinterpret_cast<float*>(call.outputs.scores.row(batch, scratch.head[row], scratch.query[row]));
+  const Vec to_natural = set1(rule.to_log2 * std::numbers::ln2_v<float>);
+  for (std::int32_t g = 0; g < scratch.group_count; ++g) {
+    if (scratch.key_source[g] != nullptr) continue;
+    const KeyGroup& group = scratch.groups[g];
+    const std::int32_t* keys = scratch.keys + g * kGroupKeys;
+    alignas(64) float natural[kGroupKeys];
+    for (int lane = 0; lane < kGroupKeys; lane += kLanes) {
+      store(natural + lane, mul(load(scratch.scores + row * kBlockKeys + g * kGroupKeys + lane), to_natural));
+    }
+    for (int lane = 0; lane < kGroupKeys; ++lane) {
+      if ((group.lanes >> lane & 1U) != 0 && natural[lane] != kMinusInfinity) out[keys[lane]] = natural[lane];
+    }
+  }
+}
+
 inline void process_decode_block(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
                                  TileScratch& scratch, DecodeBlock& block, std::int64_t rows) {
   if (block.count == 0) return;
@@ -257,6 +277,7 @@ inline void process_decode_block(const Call& call, const TileShape& shape, const
       }
     }
     for (std::int64_t c = block.count; c < columns; ++c) scratch.scores[row * kBlockKeys + c] = kMinusInfinity;
+    if (call.outputs.scores.data != nullptr) dump_scores(call, rule, job, scratch, row);
   }
   softmax_rows<FloatProduct>(rule, shape, scratch, 0, rows, columns);
   if (scratch.any_masked && any_value_nonfinite(shape, block)) {

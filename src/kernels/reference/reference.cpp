@@ -87,6 +87,10 @@ void attend_row(const Call& call, const RowJob& job, const std::vector<Source>& 
   const std::byte* q = call.query_row(call.inputs.q, job.sequence, job.q_head, query);
   const std::int64_t row_in_tile = place % plan.tile_q;
 
+  float* dumped = nullptr;
+  if (call.outputs.scores.data != nullptr) {
+    dumped = reinterpret_cast<float*>(call.outputs.scores.row(job.sequence, job.q_head, query));
+  }
   SoftmaxState<double> state;
   std::vector<double> output(static_cast<std::size_t>(problem.value_dim), 0.0);
   for (const PlanEntry& entry : plan.row(plan.row_begin[block] + job.tile)) {
@@ -99,7 +103,9 @@ void attend_row(const Call& call, const RowJob& job, const std::vector<Source>& 
           k_order && entry.source == 0 ? (*k_order)[static_cast<std::size_t>(key_place)] : key_place;
       if (!allowed(plan, entry, row_in_tile, i, query_position, key, range.count)) continue;
       double weight = 0;
-      const double factor = state.add(score_of(call, job, source, entry.source, q, key, key, query_position), weight);
+      const double score = score_of(call, job, source, entry.source, q, key, key, query_position);
+      if (dumped != nullptr && entry.source == 0) dumped[key] = static_cast<float>(score);
+      const double factor = state.add(score, weight);
       const std::byte* v = source.v.row(key);
       for (std::size_t d = 0; d < output.size(); ++d) {
         output[d] = output[d] * factor + weight * load_as_float(v, source.v.dtype, static_cast<std::int64_t>(d));
