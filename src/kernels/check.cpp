@@ -42,6 +42,20 @@ void check_pages(const Problem& problem, const AttentionInputs& inputs) {
   }
 }
 
+void check_weights(const Problem& problem, const Modifiers& modifiers) {
+  if (modifiers.weights == RowWeights::softmax) return;
+  require(modifiers.sink_logits.empty(), "sink_logits go with softmax weights only; got {}",
+          name_of(modifiers.weights));
+  if (modifiers.weights == RowWeights::softplus) return;
+  const std::int64_t rows = (problem.variable_length() ? 1 : problem.batch) * problem.q_heads * problem.q_len;
+  require(static_cast<std::int64_t>(modifiers.weight_factors.size()) == rows,
+          "weight_factors has {} entries; expected one per row, {}", modifiers.weight_factors.size(), rows);
+  require(std::isfinite(modifiers.weight_offset) && modifiers.weight_offset >= 0,
+          "weight_offset is {}; expected 0 or a positive number", modifiers.weight_offset);
+  require(modifiers.weight_power >= 1 && modifiers.weight_power <= 64, "weight_power is {}; expected 1 to 64",
+          modifiers.weight_power);
+}
+
 void check_modifiers(const Problem& problem, const Modifiers& modifiers) {
   require(std::isfinite(modifiers.softcap) && modifiers.softcap >= 0, "softcap is {}; expected 0 (off) or positive",
           modifiers.softcap);
@@ -50,6 +64,9 @@ void check_modifiers(const Problem& problem, const Modifiers& modifiers) {
           "alibi_slopes has {} entries; expected q_heads {}", modifiers.alibi_slopes.size(), heads);
   require(modifiers.sink_logits.empty() || modifiers.sink_logits.size() == heads,
           "sink_logits has {} entries; expected q_heads {}", modifiers.sink_logits.size(), heads);
+  require(modifiers.query_scale.empty() || static_cast<std::int64_t>(modifiers.query_scale.size()) == problem.q_len,
+          "query_scale has {} entries; expected one per query, {}", modifiers.query_scale.size(), problem.q_len);
+  check_weights(problem, modifiers);
   const TensorView& bias = modifiers.key_bias;
   if (bias.data == nullptr) return;
   const std::int64_t batch = problem.variable_length() ? 1 : problem.batch;
@@ -62,6 +79,11 @@ void check_modifiers(const Problem& problem, const Modifiers& modifiers) {
 }
 
 }  // namespace
+
+std::string_view name_of(RowWeights weights) {
+  constexpr std::array<std::string_view, 3> names{"softmax", "softplus", "reweighted"};
+  return names.at(static_cast<std::size_t>(weights));
+}
 
 void check_inputs(const Problem& problem, const AttentionInputs& inputs) {
   problem.validate();

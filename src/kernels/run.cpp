@@ -56,6 +56,9 @@ void check_sources(const Plan& plan, const AttentionInputs& inputs) {
                 static_cast<std::int64_t>(source.log_weight.size()) == problem.batch * problem.kv_heads * keys,
             "log_weight of key source '{}' has {} elements; expected {}", plan.sources[i + 1].name,
             source.log_weight.size(), problem.batch * problem.kv_heads * keys);
+    require(source.log_weight.empty() || inputs.modifiers.weights == RowWeights::softmax,
+            "log_weight of key source '{}' goes with softmax weights only; got {}", plan.sources[i + 1].name,
+            name_of(inputs.modifiers.weights));
   }
 }
 

@@ -80,6 +80,10 @@ class AttentionCase {
     return load_as_float(key_row(k_, s, h, n), k_.view.dtype, d);
   }
 
+  float v(std::int64_t s, std::int64_t h, std::int64_t n, std::int64_t d) const {
+    return load_as_float(key_row(v_, s, h, n), v_.view.dtype, d);
+  }
+
   bool allowed(std::int64_t s, std::int64_t n, std::int64_t j) const {
     return !problem.causal || j <= problem.q_offset_of(s) + n;
   }

@@ -47,13 +47,17 @@ inline void mask_group(const TileScratch& scratch, const KeyGroup& group, std::i
   }
 }
 
-/// Soft-cap, ALiBi, key bias and log-weights on one row; scores become natural-unit scores.
+/// Query scale, soft-cap, ALiBi, key bias and log-weights on one row; scores become natural-unit scores.
 inline void modify_row(const Call& call, const ScoreRule& rule, const TileJob& job, const TileScratch& scratch,
                        std::int64_t row) {
   const Modifiers& modifiers = call.inputs.modifiers;
   const std::int32_t head = scratch.head[row];
   const float slope = modifiers.alibi_slopes.empty() ? 0.0F : modifiers.alibi_slopes.data()[head];
   const auto position = static_cast<float>(scratch.position[row]);
+  float to_natural = rule.to_natural;
+  if (!modifiers.query_scale.empty()) {
+    to_natural *= modifiers.query_scale.data()[call.problem().q_begin_of(job.sequence) + scratch.query[row]];
+  }
   for (std::int32_t g = 0; g < scratch.group_count; ++g) {
     const bool raw = scratch.key_source[g] == nullptr;
     float* scores = scratch.scores + row * kBlockKeys + g * kGroupKeys;
@@ -65,7 +69,7 @@ inline void modify_row(const Call& call, const ScoreRule& rule, const TileJob& j
       }
     }
     for (int lane = 0; lane < kGroupKeys; lane += kLanes) {
-      Vec s = mul(load(scores + lane), set1(rule.to_natural));
+      Vec s = mul(load(scores + lane), set1(to_natural));
       if (modifiers.softcap != 0) s = mul(tanh(mul(s, set1(1 / modifiers.softcap))), set1(modifiers.softcap));
       if (raw) {
         const Vec keys = to_float(load_int(scratch.keys + g * kGroupKeys + lane));
@@ -173,8 +177,10 @@ inline void block_output(const TileShape& shape, TileScratch& scratch, std::int6
   }
 }
 
-/// What comes between the scores of rows [begin, end) and their exponentials: modifiers, masks, maxima.
-inline void prepare_softmax(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
+/// What comes between the scores of rows [begin, end) and their exponentials: modifiers, masks, maxima. Weights that
+/// are no softmax are made here too.
+template <class Product>
+inline void prepare_weights(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
                             TileScratch& scratch, std::int64_t begin, std::int64_t end) {
   for (std::int64_t row = begin; row < end; ++row) {
     if (rule.modified) modify_row(call, rule, job, scratch, row);
@@ -183,7 +189,12 @@ inline void prepare_softmax(const Call& call, const TileShape& shape, const Scor
         if (scratch.groups[g].masked) mask_group(scratch, scratch.groups[g], g, row);
       }
     }
-    ready_row(rule, shape, scratch, row, scratch.group_count * kGroupKeys);
+    const std::int64_t columns = scratch.group_count * kGroupKeys;
+    if (rule.weights == RowWeights::softmax) {
+      ready_row(rule, shape, scratch, row, columns);
+    } else {
+      weigh_row<Product>(call, rule, job, scratch, row, columns);
+    }
   }
 }
 
@@ -225,8 +236,9 @@ void process_block(const Call& call, const TileShape& shape, const ScoreRule& ru
   for (std::int64_t stage = 0; stage < rows + 2 * kStageRows; stage += kStageRows) {
     const auto row_of = [&](std::int64_t lag) { return std::clamp<std::int64_t>(stage - lag * kStageRows, 0, rows); };
     if (stage < rows) fetch_ahead(shape, scratch, stage / kStageRows, (rows + kStageRows - 1) / kStageRows);
-    prepare_softmax(call, shape, rule, job, scratch, row_of(1), row_of(0));
-    SoftmaxStream<Product> shadow(rule, shape, scratch, row_of(1), row_of(0), columns);
+    prepare_weights<Product>(call, shape, rule, job, scratch, row_of(1), row_of(0));
+    const std::int64_t last = rule.weights == RowWeights::softmax ? row_of(0) : row_of(1);
+    SoftmaxStream<Product> shadow(rule, shape, scratch, row_of(1), last, columns);
     block_scores<Product>(shape, scratch, row_of(0), row_of(-1), shadow);
     block_output<Product>(shape, scratch, row_of(2), row_of(1), shadow);
     shadow.finish();

@@ -29,3 +29,16 @@ inline Vec tanh(Vec x) {
   const Vec e = exp2(at_most(set1(120.0F), mul(x, set1(two_log2e))));
   return sub(set1(1.0F), div(set1(2.0F), add(e, set1(1.0F))));
 }
+
+/// log(1 + exp(x)) = max(x, 0) + log(1 + e), e = exp(-|x|) in [0, 1]; the logarithm is e times a polynomial of
+/// degree 7. Relative error below 6e-7; 0 for -inf, NaN stays NaN.
+inline Vec softplus(Vec x) {
+  constexpr float log2e = 1.4426950409F;
+  const Vec e = exp2(mul(at_least(x, sub(zero(), x)), set1(-log2e)));
+  Vec p = set1(-8.3711526e-3F);
+  for (const float c :
+       {4.34939e-2F, -1.0685003e-1F, 1.7687477e-1F, -2.4474774e-1F, 3.3271928e-1F, -4.9997175e-1F, 9.9999978e-1F}) {
+    p = fma(p, e, set1(c));
+  }
+  return fma(p, e, at_least(zero(), x));
+}

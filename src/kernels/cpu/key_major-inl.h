@@ -15,7 +15,7 @@ void attend_key_major(const Call& call, const TileShape& shape, const ScoreRule&
     const std::byte* row =
         call.query_row(call.inputs.q, job.sequence, job.first_head + r % job.heads, job.first_query + r / job.heads);
     stage_query(shape, rule, row, call.inputs.q.dtype, scratch.q_stride, q + r * scratch.q_stride);
-    maximum[r] = kMinusInfinity;
+    maximum[r] = rule.first_maximum();
     sum[r] = 0;
   }
   std::memset(output, 0, static_cast<std::size_t>(rows * shape.value_columns) * sizeof(float));
@@ -51,6 +51,7 @@ void attend_key_major(const Call& call, const TileShape& shape, const ScoreRule&
           scratch.shift[count] = maximum[r] == kMinusInfinity ? 0.0F : -maximum[r] * rule.to_log2;
           scratch.sum[count] = sum[r];
           scratch.position[count] = static_cast<std::int32_t>(offset + job.first_query + r / job.heads);
+          scratch.query[count] = static_cast<std::int32_t>(job.first_query + r / job.heads);
           scratch.head[count] = static_cast<std::int32_t>(job.first_head + r % job.heads);
           scratch.row_in_tile[count] = static_cast<std::int32_t>(r / job.heads % plan.tile_q);
           accumulator[count] = r;

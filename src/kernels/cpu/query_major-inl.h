@@ -82,7 +82,7 @@ inline void stage_rows(const Call& call, const TileShape& shape, const ScoreRule
     scratch.row_in_tile[r] = static_cast<std::int32_t>(first_in_tile + in_job);
     scratch.q_rows[r] = scratch.q + r * scratch.q_stride;
     scratch.output_rows[r] = scratch.output + r * shape.value_columns;
-    scratch.maximum[r] = kMinusInfinity;
+    scratch.maximum[r] = rule.first_maximum();
     scratch.shift[r] = 0;
     scratch.sum[r] = 0;
     stage_query(shape, rule, call.query_row(call.inputs.q, job.sequence, head, query), call.inputs.q.dtype,

@@ -27,6 +27,7 @@ inline ScoreRule score_rule_of(const Call& call, const TileShape& shape) {
   const bool into_query = !shape.pair_product || scale == 0;
   rule.query_factor = into_query ? scale : std::copysign(1.0F, scale);
   rule.to_natural = into_query ? 1.0F : std::fabs(scale);
+  rule.weights = call.inputs.modifiers.weights;
   rule.to_log2 = rule.modified ? log2e : rule.to_natural * log2e;
   return rule;
 }

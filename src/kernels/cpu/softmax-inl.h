@@ -134,6 +134,37 @@ class SoftmaxStream {
   std::int64_t left_ = 0;
 };
 
+/// Scores of a row -> weights that need no maximum, and their sum.
+template <class Product>
+inline void weigh_row(const Call& call, const ScoreRule& rule, const TileJob& job, TileScratch& scratch,
+                      std::int64_t row, std::int64_t count) {
+  const Modifiers& modifiers = call.inputs.modifiers;
+  const bool again = rule.weights == RowWeights::reweighted;
+  const float factor =
+      again ? modifiers.weight_factors.data()[call.lse_index(job.sequence, scratch.head[row], scratch.query[row])]
+            : 1.0F;
+  const auto weight = [&](Vec score) {
+    const Vec own = softplus(score);
+    if (!again) return own;
+    const Vec base = at_least(zero(), fma(own, set1(factor), set1(-modifiers.weight_offset)));
+    Vec power = base;
+    for (std::int32_t i = 1; i < modifiers.weight_power; ++i) power = mul(power, base);
+    return power;
+  };
+  float* scores = scratch.scores + row * kBlockKeys;
+  if (count % (2 * kLanes) != 0) store(scores + count, set1(kMinusInfinity));
+  auto* to = reinterpret_cast<std::byte*>(scratch.probabilities + row * kBlockKeys / Product::keys_per_word);
+  Vec sums = zero();
+  for (std::int64_t c = 0; c < count; c += 2 * kLanes) {
+    const Vec first = weight(load(scores + c));
+    const Vec second = weight(load(scores + c + kLanes));
+    sums = add(sums, add(first, second));
+    store_probabilities(to, first, second, Product{});
+    to += 2 * kLanes * sizeof(float) / Product::keys_per_word;
+  }
+  scratch.sum[row] += reduce_add(sums);
+}
+
 /// Softmax of rows [begin, end) over `count` columns, on its own.
 template <class Product>
 inline void softmax_rows(const ScoreRule& rule, const TileShape& shape, TileScratch& scratch, std::int64_t begin,

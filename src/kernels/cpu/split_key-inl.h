@@ -279,7 +279,11 @@ inline void process_decode_block(const Call& call, const TileShape& shape, const
     for (std::int64_t c = block.count; c < columns; ++c) scratch.scores[row * kBlockKeys + c] = kMinusInfinity;
     if (call.outputs.scores.data != nullptr) dump_scores(call, rule, job, scratch, row);
   }
-  softmax_rows<FloatProduct>(rule, shape, scratch, 0, rows, columns);
+  if (rule.weights == RowWeights::softmax) {
+    softmax_rows<FloatProduct>(rule, shape, scratch, 0, rows, columns);
+  } else {
+    for (std::int64_t row = 0; row < rows; ++row) weigh_row<FloatProduct>(call, rule, job, scratch, row, columns);
+  }
   if (scratch.any_masked && any_value_nonfinite(shape, block)) {
     decode_output_slow(shape, block, scratch, rows);
   } else {

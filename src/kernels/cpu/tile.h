@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "kernels/kernels.h"
 #include "kernels/key_rows.h"
@@ -117,6 +118,11 @@ struct ScoreRule {
   float to_natural;    ///< raw product -> natural-unit score, when modifiers look at scores
   float to_log2;       ///< raw or modified score -> exponent of 2
   bool modified;       ///< modifiers or log-weights change scores
+  RowWeights weights;  ///< others than softmax imply `modified`; their rows keep the maximum 0
+  /// The maximum of a row that has seen no key.
+  float first_maximum() const {
+    return weights == RowWeights::softmax ? -std::numeric_limits<float>::infinity() : 0.0F;
+  }
 };
 
 /// Bytes of scratch that TileScratch points into.

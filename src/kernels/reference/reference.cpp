@@ -1,4 +1,5 @@
 // Attention by definition, in float64: every score of a row, a softmax over them, a weighted sum of the values.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -62,6 +63,10 @@ double score_of(const Call& call, const RowJob& job, const Source& source, std::
     dot += static_cast<double>(load_as_float(q, call.inputs.q.dtype, d)) * load_as_float(k, source.k.dtype, d);
   }
   double score = dot * static_cast<double>(problem.softmax_scale());
+  if (!modifiers.query_scale.empty()) {
+    const std::int64_t query = query_position - problem.q_offset_of(job.sequence);
+    score *= modifiers.query_scale[static_cast<std::size_t>(problem.q_begin_of(job.sequence) + query)];
+  }
   if (modifiers.softcap != 0) score = modifiers.softcap * std::tanh(score / modifiers.softcap);
   if (source_index == 0) {
     if (!modifiers.alibi_slopes.empty()) {
@@ -72,6 +77,15 @@ double score_of(const Call& call, const RowJob& job, const Source& source, std::
   }
   if (source.log_weight != nullptr) score += source.log_weight[key];
   return score;
+}
+
+/// Weight of a score where rows are no softmax.
+double weight_of(const Call& call, const RowJob& job, std::int64_t query, double score) {
+  const Modifiers& modifiers = call.inputs.modifiers;
+  const double own = std::max(score, 0.0) + std::log1p(std::exp(-std::fabs(score)));
+  if (modifiers.weights == RowWeights::softplus) return own;
+  const auto row = static_cast<std::size_t>(call.lse_index(job.sequence, job.q_head, query));
+  return std::pow(std::max(0.0, modifiers.weight_factors[row] * own - modifiers.weight_offset), modifiers.weight_power);
 }
 
 /// One query row: `place` is its index among the block's queries.
@@ -105,7 +119,14 @@ void attend_row(const Call& call, const RowJob& job, const std::vector<Source>& 
       double weight = 0;
       const double score = score_of(call, job, source, entry.source, q, key, key, query_position);
       if (dumped != nullptr && entry.source == 0) dumped[key] = static_cast<float>(score);
-      const double factor = state.add(score, weight);
+      double factor = 1;
+      if (call.inputs.modifiers.weights == RowWeights::softmax) {
+        factor = state.add(score, weight);
+      } else {
+        weight = weight_of(call, job, query, score);
+        state.maximum = 0;
+        state.sum += weight;
+      }
       const std::byte* v = source.v.row(key);
       for (std::size_t d = 0; d < output.size(); ++d) {
         output[d] = output[d] * factor + weight * load_as_float(v, source.v.dtype, static_cast<std::int64_t>(d));
