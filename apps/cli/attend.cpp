@@ -30,6 +30,7 @@ struct Options {
   std::string plan_out;
   std::string mask_out;
   bool compare = false;
+  GridFlags grid;
   RunFlags run;
   bool json = false;
 };
@@ -136,6 +137,7 @@ void run_attend(const Options& options) {
   Problem problem = problem_of(inputs.q, inputs.k, inputs.v, options.causal);
   problem.scale = options.scale;
   problem.q_offset = options.q_offset;
+  problem.grid = grid_of(options.grid);
   problem.validate();
   check_inputs(problem, inputs);
   if (!options.mask_out.empty()) check_mask_size(problem);
@@ -196,6 +198,7 @@ void add_attend(CLI::App& app) {
   command->add_option("--plan-out", options->plan_out, "Write the plan that was run");
   command->add_option("--mask-out", options->mask_out, "Write the pairs that were computed: mask u8 [B,Hq,Nq,Nk]");
   command->add_flag("--compare", options->compare, "Report the error against dense attention in float64");
+  add_grid_options(*command, options->grid);
   add_run_options(*command, options->run);
   add_json_option(*command, options->json);
   command->callback([options] { run_attend(*options); });

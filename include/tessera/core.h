@@ -90,6 +90,22 @@ struct Window {
   friend bool operator==(const Window&, const Window&) = default;
 };
 
+/// Tokens that lie on a grid of frames x rows x columns (T x H x W, in raster order: columns vary fastest), with text
+/// tokens before and after it. Images have one frame, plain sequences one frame and one row.
+struct TokenGrid {
+  std::array<std::int64_t, 3> extent{1, 1, 1};  ///< frames, rows, columns
+  std::int64_t prefix = 0;                      ///< text tokens before the grid
+  std::int64_t suffix = 0;                      ///< text tokens after it
+
+  /// Tokens on the grid, text left out.
+  std::int64_t cells() const { return extent[0] * extent[1] * extent[2]; }
+  /// All tokens: what kv_len of a sequence must be.
+  std::int64_t tokens() const { return prefix + cells() + suffix; }
+  friend bool operator==(const TokenGrid&, const TokenGrid&) = default;
+};
+/// Grid of "W", "HxW" or "TxHxW"; throws Error for anything else.
+TokenGrid grid_from_text(std::string_view text);
+
 /// Shapes and semantics of one attention call.
 ///
 /// Uniform batches leave cu_seqlens empty. Variable-length batches pass tensors with batch 1 whose token axis holds
@@ -110,6 +126,9 @@ struct Problem {
   std::optional<std::int64_t> q_offset;
   std::vector<std::int64_t> cu_seqlens_q;
   std::vector<std::int64_t> cu_seqlens_k;
+  /// Where the keys of every sequence lie; queries are those tokens too (q_offset says which). Absent: a plain
+  /// sequence.
+  std::optional<TokenGrid> grid;
 
   bool variable_length() const { return !cu_seqlens_q.empty(); }
   std::int64_t group() const { return q_heads / kv_heads; }
@@ -125,7 +144,10 @@ struct Problem {
   std::int64_t q_offset_of(std::int64_t sequence) const;
   /// Pairs (query, key) that the hard mask allows in one head, summed over the sequences.
   std::int64_t allowed_pairs() const;
-  /// Throws Error unless sizes are positive and consistent, the scale is finite and cu_seqlens are well formed.
+  /// The grid, or the plain sequence as a grid of one frame and one row.
+  TokenGrid grid_of(std::int64_t sequence) const;
+  /// Throws Error unless sizes are positive and consistent, the scale is finite, cu_seqlens are well formed, and the
+  /// grid has as many tokens as every sequence has keys.
   void validate() const;
 };
 

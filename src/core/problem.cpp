@@ -1,7 +1,9 @@
 // The attention problem: derived sizes and validation.
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "core/error.h"
 #include "tessera/core.h"
@@ -25,6 +27,10 @@ std::int64_t Problem::kv_begin_of(std::int64_t sequence) const {
 }
 std::int64_t Problem::q_offset_of(std::int64_t sequence) const {
   return q_offset.value_or(kv_len_of(sequence) - q_len_of(sequence));
+}
+
+TokenGrid Problem::grid_of(std::int64_t sequence) const {
+  return grid.value_or(TokenGrid{.extent = {1, 1, kv_len_of(sequence)}});
 }
 
 std::int64_t Problem::allowed_pairs() const {
@@ -63,7 +69,49 @@ void check_size(std::int64_t value, std::string_view name, std::int64_t minimum)
   require(value >= minimum && value <= maximum, "{} is {}; expected {} to {}", name, value, minimum, maximum);
 }
 
+void check_grid(const Problem& problem) {
+  const TokenGrid& grid = *problem.grid;
+  const auto [frames, rows, columns] = grid.extent;
+  check_size(frames, "grid frames", 1);
+  check_size(rows, "grid rows", 1);
+  check_size(columns, "grid columns", 1);
+  check_size(grid.prefix, "grid prefix", 0);
+  check_size(grid.suffix, "grid suffix", 0);
+  for (std::int64_t s = 0; s < problem.batch; ++s) {
+    const std::int64_t keys = problem.kv_len_of(s);
+    // Divided step by step: the product may not fit 64 bits.
+    const std::int64_t cells = keys - grid.prefix - grid.suffix;
+    const bool fits =
+        cells > 0 && cells % columns == 0 && cells / columns % rows == 0 && cells / columns / rows == frames;
+    require(fits, "grid is {}x{}x{} with {} + {} text tokens; the {} keys of sequence {} do not fit it", frames, rows,
+            columns, grid.prefix, grid.suffix, keys, s);
+    const std::int64_t first = problem.q_offset_of(s);
+    require(first >= 0 && first + problem.q_len_of(s) <= keys,
+            "queries {} to {} of sequence {} lie outside its grid of {} tokens; expected q_offset and q_len inside it",
+            first, first + problem.q_len_of(s) - 1, s, keys);
+  }
+}
+
 }  // namespace
+
+TokenGrid grid_from_text(std::string_view text) {
+  std::vector<std::int64_t> extents;
+  const char* next = text.data();
+  const char* const end = text.data() + text.size();
+  while (true) {
+    std::int64_t value = 0;
+    const auto [rest, failed] = std::from_chars(next, end, value);
+    const bool number = failed == std::errc{} && value >= 1;
+    require(number && extents.size() < 3 && (rest == end || *rest == 'x'),
+            "grid is '{}'; expected W, HxW or TxHxW with positive numbers", text);
+    extents.push_back(value);
+    if (rest == end) break;
+    next = rest + 1;
+  }
+  TokenGrid grid;
+  std::copy(extents.begin(), extents.end(), grid.extent.end() - static_cast<std::ptrdiff_t>(extents.size()));
+  return grid;
+}
 
 void Problem::validate() const {
   check_size(batch, "batch", 1);
@@ -87,6 +135,7 @@ void Problem::validate() const {
                 *q_offset < std::numeric_limits<std::int32_t>::max() / 2,
             "q_offset is {}; expected a 31-bit position", *q_offset);
   }
+  if (grid) check_grid(*this);
 }
 
 Problem problem_of(const TensorView& q, const TensorView& k, const TensorView& v, bool causal) {

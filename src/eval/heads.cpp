@@ -240,11 +240,13 @@ HeadData make_heads(const HeadOptions& options) {
                   .causal = options.causal.value_or(!video),
                   .q_offset = {},
                   .cu_seqlens_q = {},
-                  .cu_seqlens_k = {}};
+                  .cu_seqlens_k = {},
+                  .grid = {}};
   require(!options.grid || video, "grid is set for the kind '{}'; expected a video kind", options.kind);
   if (video) {
     data.grid = grid_of(options);
     data.text_tokens = options.tokens - data.grid[0] * data.grid[1] * data.grid[2];
+    data.problem.grid = TokenGrid{.extent = data.grid, .prefix = 0, .suffix = data.text_tokens};
   }
   Generator generator(options, data);
   if (plain) {

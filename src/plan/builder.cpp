@@ -62,7 +62,7 @@ bool same_problem(const Problem& a, const Problem& b) {
   return a.batch == b.batch && a.q_heads == b.q_heads && a.kv_heads == b.kv_heads && a.q_len == b.q_len &&
          a.kv_len == b.kv_len && a.head_dim == b.head_dim && a.value_dim == b.value_dim && a.scale == b.scale &&
          a.causal == b.causal && a.q_offset == b.q_offset && a.cu_seqlens_q == b.cu_seqlens_q &&
-         a.cu_seqlens_k == b.cu_seqlens_k;
+         a.cu_seqlens_k == b.cu_seqlens_k && a.grid == b.grid;
 }
 
 bool operator==(const Plan& a, const Plan& b) {

@@ -27,6 +27,10 @@ Json to_json(const Problem& problem) {
     json["cu_seqlens_q"] = problem.cu_seqlens_q;
     json["cu_seqlens_k"] = problem.cu_seqlens_k;
   }
+  if (problem.grid) {
+    json["grid"] = {
+        {"extent", problem.grid->extent}, {"prefix", problem.grid->prefix}, {"suffix", problem.grid->suffix}};
+  }
   return json;
 }
 
@@ -48,6 +52,14 @@ Problem problem_from(const Json& json, const std::string& where) {
   }
   problem.cu_seqlens_q = get_or<std::vector<std::int64_t>>(json, "cu_seqlens_q", where, {});
   problem.cu_seqlens_k = get_or<std::vector<std::int64_t>>(json, "cu_seqlens_k", where, {});
+  if (json.contains("grid")) {
+    const Json grid = get<Json>(json, "grid", where);
+    const auto extent = get<std::vector<std::int64_t>>(grid, "extent", where);
+    require(extent.size() == 3, "{}: the grid has {} extents; expected 3", where, extent.size());
+    problem.grid = TokenGrid{{extent[0], extent[1], extent[2]},
+                             get<std::int64_t>(grid, "prefix", where),
+                             get<std::int64_t>(grid, "suffix", where)};
+  }
   return problem;
 }
 

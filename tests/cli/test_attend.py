@@ -57,6 +57,9 @@ class AnswerTest(CommandLineTest):
     def test_query_offset(self):
         self.check_answer(["--causal", "--q-offset", "3"], lambda i, j: j <= i + 3, queries=7)
 
+    def test_grid_and_text(self):
+        self.check_answer(["--grid", "2x3x3", "--prefix", "2", "--suffix", "4"], lambda i, j: True)
+
     def test_window(self):
         self.check_answer(
             ["--causal", "--method", "window:left=4"], lambda i, j: i - 4 <= j <= i
@@ -238,6 +241,11 @@ class BadFileTest(CommandLineTest):
 
 
 class BadArgumentTest(CommandLineTest):
+    def test_grid(self):
+        self.refuse_arguments("--grid", "2x3x5", saying=["grid is 2x3x5", "24 keys"])
+        self.refuse_arguments("--grid", "2x3xy", saying=["2x3xy", "TxHxW"])
+        self.refuse_arguments("--prefix", "3", saying=["--grid"])
+
     def refuse_arguments(self, *arguments, saying, environment=None):
         path = self.write_qkv()
         self.refuse(

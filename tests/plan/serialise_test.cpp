@@ -69,6 +69,21 @@ TEST(PlanFile, LoadsWhatWasSaved) {
   }
 }
 
+TEST(PlanFile, KeepsTheGrid) {
+  const testing::TemporaryFolder folder;
+  Problem problem;
+  problem.q_len = problem.kv_len = 27;
+  problem.head_dim = problem.value_dim = 8;
+  problem.grid = TokenGrid{{2, 3, 4}, 1, 2};
+  const Plan plan = dense_plan(problem);
+  save(plan, folder / "plan.safetensors");
+  const Plan loaded = load_plan(folder / "plan.safetensors");
+  EXPECT_EQ(loaded, plan);
+  EXPECT_EQ(loaded.problem.grid, problem.grid);
+  problem.grid.reset();
+  EXPECT_FALSE(dense_plan(problem) == plan);
+}
+
 TEST(PlanFile, KeepsItsFormat) {
   const testing::TemporaryFolder folder;
   const Plan plan = golden_plan();

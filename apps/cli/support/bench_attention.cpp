@@ -11,6 +11,7 @@
 #include "command.h"
 #include "core/error.h"
 #include "core/parallel.h"
+#include "eval/archetypes.h"
 #include "kernels/cpu/aligned_buffer.h"
 #include "kernels/peak.h"
 #include "support/bare_plan.h"
@@ -39,6 +40,7 @@ struct Options {
   std::string phase = "prefill";
   int repeats = 5;
   std::uint64_t seed = 1;
+  GridFlags grid;
   RunFlags run;
   bool json = false;
 };
@@ -59,6 +61,7 @@ Problem problem_from(const Options& options) {
   problem.head_dim = positive("--dim", options.dim);
   problem.value_dim = options.value_dim != 0 ? positive("--value-dim", options.value_dim) : problem.head_dim;
   problem.causal = options.causal;
+  problem.grid = grid_of(options.grid);
   problem.validate();
   return problem;
 }
@@ -78,6 +81,9 @@ HeadOptions head_options_of(const Options& options, const Problem& problem) {
   heads.seed = options.seed;
   heads.dtype = dtype_from_name(options.dtype);
   heads.causal = problem.causal;
+  if (problem.grid && options.data != "randn" && eval::archetypes_of(options.data, 1).front()->video()) {
+    heads.grid = problem.grid->extent;
+  }
   return heads;
 }
 
@@ -343,6 +349,7 @@ void add_bench_attention(CLI::App& bench) {
   command->add_option("--phase", options->phase, "prefill or decode")->capture_default_str();
   command->add_option("--repeats", options->repeats, "Measurements of each side, alternating")->capture_default_str();
   command->add_option("--seed", options->seed, "Seed of the data")->capture_default_str();
+  add_grid_options(*command, options->grid);
   add_run_options(*command, options->run);
   add_json_option(*command, options->json);
   command->callback([options] { run_bench_attention(*options); });

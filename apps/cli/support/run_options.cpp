@@ -53,4 +53,22 @@ RunOptions run_options_of(const RunFlags& flags) {
   return options;
 }
 
+void add_grid_options(CLI::App& command, GridFlags& flags) {
+  command.add_option("--grid", flags.grid,
+                     "Grid of the tokens: TxHxW (frames, rows, columns), HxW or W (default: a plain sequence)");
+  command.add_option("--prefix", flags.prefix, "Text tokens before the grid")->capture_default_str();
+  command.add_option("--suffix", flags.suffix, "Text tokens after the grid")->capture_default_str();
+}
+
+std::optional<TokenGrid> grid_of(const GridFlags& flags) {
+  if (flags.grid.empty()) {
+    require(flags.prefix == 0 && flags.suffix == 0, "--prefix and --suffix need --grid");
+    return std::nullopt;
+  }
+  TokenGrid grid = grid_from_text(flags.grid);
+  grid.prefix = flags.prefix;
+  grid.suffix = flags.suffix;
+  return grid;
+}
+
 }  // namespace tessera::cli

@@ -1,7 +1,8 @@
-// Options that several commands share: instruction set, threads, kernel.
+// Options that several commands share: instruction set, threads, kernel; the grid of the tokens.
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <optional>
 #include <string>
 
 #include "tessera/attention.h"
@@ -19,5 +20,17 @@ void add_run_options(CLI::App& command, RunFlags& flags);
 
 /// Throws Error for unknown names, an instruction set that this machine lacks and a negative number of threads.
 RunOptions run_options_of(const RunFlags& flags);
+
+struct GridFlags {
+  std::string grid;
+  std::int64_t prefix = 0;
+  std::int64_t suffix = 0;
+};
+
+/// Adds --grid, --prefix and --suffix, bound to `flags`.
+void add_grid_options(CLI::App& command, GridFlags& flags);
+
+/// Nothing without --grid. Throws Error for text that is no grid, and for --prefix or --suffix without one.
+std::optional<TokenGrid> grid_of(const GridFlags& flags);
 
 }  // namespace tessera::cli
