@@ -37,6 +37,12 @@ void load_keys(const Problem& problem, const AttentionInputs& inputs, std::int64
             out);
 }
 
+void load_values(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence, std::int64_t kv_head,
+                 std::int64_t first, std::int64_t count, float* out) {
+  load_rows(kernels::key_rows_of(problem, inputs.v, inputs.pages, sequence, kv_head), problem.value_dim, first, count,
+            out);
+}
+
 const float* key_rows(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence,
                       std::int64_t kv_head, std::int64_t first, std::int64_t count, std::int64_t padded,
                       std::vector<float>& buffer) {
