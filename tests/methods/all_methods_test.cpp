@@ -24,6 +24,8 @@ const std::vector<std::string> kSparseSpecs{"dense",
                                             "xattention:stride=8,tau=0.6,block=32",
                                             "xattention:stride=16,tau=0.3,block=64,dense_below=50",
                                             "minference:v=5,sl=5",
+                                            "psa:block_q=32,block_k=32,end_1=0.2,end_2=0.4",
+                                            "psa:block_q=64,block_k=16,rule=topk,end_1=0.1,sample=2",
                                             "gna:window=20,stride=8",
                                             "gna:window=10,stride=3,dilation=2",
                                             "minference:pattern=stream_llm,n_init=10,n_local=40",
@@ -45,6 +47,10 @@ const std::vector<std::string> kFullSpecs{"dense",
                                           "xattention:tau=1",
                                           "xattention:tau=1,stride=1,block=16",
                                           "xattention:tau=0,dense_below=1000000",
+                                          "pisa:density=1",
+                                          "pisa:density=1,block=16,value_aware=false",
+                                          "psa:end_1=1,end_2=1,end_4=1,end_8=1",
+                                          "psa:block_q=32,block_k=16,rule=topk,end_1=1,end_2=1,end_4=1,end_8=1",
                                           "gna:window=0,stride=1",
                                           "gna:window=100000,stride=64,tile_q=9,tile_k=7",
                                           "minference:v=100000,sl=50",
@@ -53,8 +59,9 @@ const std::vector<std::string> kFullSpecs{"dense",
                                           "minference:pattern=stream_llm,n_init=0,n_local=100000",
                                           "minference:pattern=block_sparse,k=100000"};
 
-/// MInference is defined for causal attention only and says so.
+/// MInference is defined for causal attention only, PISA for bidirectional attention, and they say so.
 bool refuses(const std::string& spec, const AttentionCase& input) {
+  if (spec.starts_with("pisa")) return input.problem.causal;
   return spec.starts_with("minference") && spec.find("dense_layers") == std::string::npos && !input.problem.causal;
 }
 
