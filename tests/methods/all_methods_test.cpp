@@ -47,6 +47,7 @@ const std::vector<std::string> kFullSpecs{"dense",
                                           "xattention:tau=1",
                                           "xattention:tau=1,stride=1,block=16",
                                           "xattention:tau=0,dense_below=1000000",
+                                          "draft:sparsity=0",
                                           "pisa:density=1",
                                           "pisa:density=1,block=16,value_aware=false",
                                           "psa:end_1=1,end_2=1,end_4=1,end_8=1",
@@ -59,9 +60,10 @@ const std::vector<std::string> kFullSpecs{"dense",
                                           "minference:pattern=stream_llm,n_init=0,n_local=100000",
                                           "minference:pattern=block_sparse,k=100000"};
 
-/// MInference is defined for causal attention only, PISA for bidirectional attention, and they say so.
+/// MInference is defined for causal attention only, PISA and DraftAttention for bidirectional attention,
+/// and they say so.
 bool refuses(const std::string& spec, const AttentionCase& input) {
-  if (spec.starts_with("pisa")) return input.problem.causal;
+  if (spec.starts_with("pisa") || spec.starts_with("draft")) return input.problem.causal;
   return spec.starts_with("minference") && spec.find("dense_layers") == std::string::npos && !input.problem.causal;
 }
 
