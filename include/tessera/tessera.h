@@ -7,3 +7,4 @@
 #include "tessera/method.h"
 #include "tessera/model.h"
 #include "tessera/plan.h"
+#include "tessera/recurrent.h"

@@ -1,0 +1,365 @@
+// The chunked form: A and P of a chunk, the inverse of the delta rule, outputs and exit state. Included once per level.
+//
+// With G the sum of log decays from the chunk's start, inclusive:
+//   A[i,j] = q_i . (k_j exp(G_i - G_j)), j <= i        P[i,j] = k_i . (k_j exp(G_i - G_j)), j < i
+//   VN = (I + diag(beta) P)^-1 diag(beta) (V - (K exp(G)) S)      (without delta rule: VN = V)
+//   O  = (Q exp(G)) S + A VN
+//   S' = diag(exp(G_C)) S + (K exp(G_C - G))^T VN
+// Every exp(G_i - G_j) is a product of factors exp(g) <= 1 in a row: no logarithms are subtracted, nothing overflows,
+// and what underflows is smaller than the smallest float anyway. A decay of minus infinity clears the state.
+
+/// exp(g) of the chunk's tokens as vectors; what is above 0 or NaN makes bad_decay differ from 0.
+inline void load_channel_factors(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, Scratch& scratch) {
+  Vec bad = set1(scratch.bad_decay);
+  for (std::int64_t i = 0; i < chunk.rows; ++i) {
+    float* row = chunk.factor + i * shape.key_stride;
+    load_row(job.decay.row(chunk.first + i), job.decay.dtype, shape.head_dim, shape.key_columns, 1.0F, row);
+    each_vector(shape.key_columns, [&](std::int64_t c) {
+      const Vec g = load(row + c);
+      bad = add(bad, at_least(zero(), g));
+      store(row + c, exp_of(g));
+    });
+  }
+  scratch.bad_decay = reduce_add(bad);
+}
+
+inline void load_scalar_factors(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, Scratch& scratch) {
+  alignas(64) float g[128 + 16] = {};
+  for (std::int64_t i = 0; i < chunk.rows; ++i) {
+    if (shape.decay == DecayKind::scalar) g[i] = load_as_float(job.decay.row(chunk.first + i), job.decay.dtype, 0);
+    if (!(g[i] <= 0)) scratch.bad_decay = 1;
+  }
+  for (std::int64_t i = 0; i < chunk.rows; i += kLanes) store(chunk.factor + i, exp_of(load(g + i)));
+}
+
+inline void load_queries_and_keys(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk) {
+  const std::int64_t padded = (chunk.rows + 15) / 16 * 16;
+  for (std::int64_t i = 0; i < padded; ++i) {
+    float* q = chunk.q + i * shape.key_stride;
+    float* k = chunk.k + i * shape.key_stride;
+    if (i >= chunk.first_query && i < chunk.rows) {
+      load_row(job.q.row(chunk.first + i - job.first_query()), job.q.dtype, shape.head_dim, shape.key_columns,
+               shape.scale, q);
+    } else {
+      fill_zero(q, shape.key_columns);
+    }
+    if (i < chunk.rows) {
+      load_row(job.k.row(chunk.first + i), job.k.dtype, shape.head_dim, shape.key_columns, 1.0F, k);
+      chunk.beta[i] = shape.delta ? load_as_float(job.beta.row(chunk.first + i), job.beta.dtype, 0) : 1.0F;
+    } else {
+      fill_zero(k, shape.key_columns);
+    }
+  }
+}
+
+/// Zeros above the diagonal of a lower triangle; `diagonal` keeps the diagonal itself.
+inline void clear_above(float* matrix, std::int64_t stride, std::int64_t rows, bool diagonal) {
+  const std::int64_t padded = (rows + 15) / 16 * 16;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    for (std::int64_t j = diagonal ? i + 1 : i; j < padded; ++j) matrix[i * stride + j] = 0;
+  }
+}
+
+/// One decay per token: plain products, then the decays as a mask.
+inline void prepare_scalar(const ChunkShape& shape, bool for_gradient, Chunk& chunk, Scratch& scratch) {
+  const std::int64_t rows = chunk.rows;
+  const std::int64_t padded = (rows + 15) / 16 * 16;
+  const std::int64_t ld = shape.key_stride;
+  const std::int64_t ldp = shape.pair_stride;
+
+  // Row i of the mask is row i - 1 times exp(g_i).
+  for (std::int64_t i = 0; i < rows; ++i) {
+    float* row = chunk.pair_decay + i * ldp;
+    if (i == 0) {
+      fill_zero(row, padded);
+    } else {
+      scale_row(row - ldp, chunk.factor[i], padded, row);
+    }
+    row[i] = 1;
+  }
+  transpose_to_panels(chunk.k, ld, padded, shape.key_columns, scratch.panels);
+  const RightMatrix keys{scratch.panels, 16, shape.key_columns * 16};
+  const auto masked = [&](const float* left, float* out) {
+    multiply({left, ld, 1}, keys, {out, ldp}, rows, shape.head_dim, rows, Part::product_lower);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      float* row = out + i * ldp;
+      const std::int64_t columns = (i + 16) / 16 * 16;
+      multiply_rows(row, chunk.pair_decay + i * ldp, columns, row);
+      if (columns < padded) fill_zero(row + columns, padded - columns);
+    }
+  };
+  if (chunk.first_query < rows) masked(chunk.q, chunk.scores);
+  if (shape.delta) {
+    masked(chunk.k, chunk.overlap);
+    clear_above(chunk.overlap, ldp, rows, false);
+  }
+
+  float reach = 1;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    reach *= chunk.factor[i];
+    scale_row(chunk.q + i * ld, reach, shape.key_columns, chunk.q_start + i * ld);
+    if (shape.delta) scale_row(chunk.k + i * ld, reach, shape.key_columns, chunk.k_start + i * ld);
+    if (for_gradient)
+      each_vector(shape.key_columns, [&](std::int64_t c) { store(chunk.start + i * ld + c, set1(reach)); });
+  }
+  each_vector(shape.key_columns, [&](std::int64_t c) { store(chunk.total + c, set1(reach)); });
+  reach = 1;
+  for (std::int64_t i = rows - 1; i >= 0; --i) {
+    scale_row(chunk.k + i * ld, reach, shape.key_columns, chunk.k_end + i * ld);
+    if (for_gradient)
+      each_vector(shape.key_columns, [&](std::int64_t c) { store(chunk.end + i * ld + c, set1(reach)); });
+    reach *= chunk.factor[i];
+  }
+}
+
+/// Whether the decays of rows (from, to] of every channel multiply to at least e^-40.
+inline bool within_range(const ChunkShape& shape, const Chunk& chunk, std::int64_t from, std::int64_t to) {
+  constexpr float smallest = 4.3e-18F;  // e^-40; two such factors and a product of rows stay inside float32
+  bool inside = true;
+  each_vector(shape.key_columns, [&](std::int64_t c) {
+    Vec reach = set1(1.0F);
+    for (std::int64_t i = from + 1; i <= to; ++i) reach = mul(reach, load(chunk.factor + i * shape.key_stride + c));
+    inside = inside && !any_greater(set1(smallest), reach);
+  });
+  return inside;
+}
+
+/// Diagonal block by one product around its middle row: the factors of rows before it are above 1, up to e^40.
+inline void diagonal_by_product(const ChunkShape& shape, Chunk& chunk, std::int64_t begin, std::int64_t count,
+                                bool queries, Scratch& scratch) {
+  const std::int64_t ld = shape.key_stride;
+  const std::int64_t middle = std::min<std::int64_t>(kSubChunk / 2, count - 1);
+  alignas(64) float reach[1024];
+  const auto place = [&](std::int64_t i) {
+    const std::int64_t row = (begin + i) * ld;
+    each_vector(shape.key_columns, [&](std::int64_t c) {
+      const Vec forward = load(reach + c);
+      const Vec k = load(chunk.k + row + c);
+      // Before the middle, reach runs from the row to it and the row's factor is its inverse; after it, from it to the
+      // row.
+      const Vec up = i < middle ? div(set1(1.0F), forward) : forward;
+      const Vec down = i < middle ? forward : div(set1(1.0F), forward);
+      if (queries) store(scratch.left + i * ld + c, mul(load(chunk.q + row + c), up));
+      if (shape.delta) store(scratch.left + (kSubChunk + i) * ld + c, mul(k, up));
+      store(scratch.keys + i * ld + c, mul(k, down));
+    });
+  };
+  fill_one(reach, shape.key_columns);
+  for (std::int64_t i = middle; i < count; ++i) {
+    if (i > middle) multiply_rows(reach, chunk.factor + (begin + i) * ld, shape.key_columns, reach);
+    place(i);
+  }
+  fill_one(reach, shape.key_columns);
+  for (std::int64_t i = middle - 1; i >= 0; --i) {
+    multiply_rows(reach, chunk.factor + (begin + i + 1) * ld, shape.key_columns, reach);
+    place(i);
+  }
+  for (std::int64_t i = count; i < kSubChunk; ++i) fill_zero(scratch.keys + i * ld, shape.key_columns);
+  float* panel = scratch.panels + begin * shape.key_columns;
+  transpose_to_panels(scratch.keys, ld, kSubChunk, shape.key_columns, panel);
+  const RightMatrix right{panel, 16, 0};
+  const std::int64_t corner = begin * shape.pair_stride + begin;
+  if (queries) {
+    multiply({scratch.left, ld, 1}, right, {chunk.scores + corner, shape.pair_stride}, count, shape.head_dim,
+             kSubChunk);
+  }
+  if (shape.delta) {
+    multiply({scratch.left + kSubChunk * ld, ld, 1}, right, {chunk.overlap + corner, shape.pair_stride}, count,
+             shape.head_dim, kSubChunk);
+  }
+}
+
+/// Diagonal block pair by pair, whatever the decays: a copy of each key decays as the rows go on.
+inline void diagonal_by_running(const ChunkShape& shape, Chunk& chunk, std::int64_t begin, std::int64_t count,
+                                bool queries, Scratch& scratch) {
+  const std::int64_t ld = shape.key_stride;
+  float* key = scratch.keys;
+  for (std::int64_t j = 0; j < count; ++j) {
+    std::copy_n(chunk.k + (begin + j) * ld, shape.key_columns, key);
+    for (std::int64_t i = j; i < count; ++i) {
+      const std::int64_t row = (begin + i) * ld;
+      const std::int64_t pair = (begin + i) * shape.pair_stride + begin + j;
+      if (i > j) multiply_rows(key, chunk.factor + row, shape.key_columns, key);
+      if (queries) chunk.scores[pair] = dot(chunk.q + row, key, shape.key_columns);
+      if (shape.delta && i > j) chunk.overlap[pair] = dot(chunk.k + row, key, shape.key_columns);
+    }
+  }
+}
+
+/// One decay per token and key channel: secondary chunking. Rows of a sub-chunk are referred to its start, keys of
+/// earlier ones to their end and from there on to the start of the row's sub-chunk.
+inline void prepare_channel(const ChunkShape& shape, bool for_gradient, Chunk& chunk, Scratch& scratch) {
+  const std::int64_t rows = chunk.rows;
+  const std::int64_t ld = shape.key_stride;
+  const std::int64_t ldp = shape.pair_stride;
+  const std::int64_t columns = shape.key_columns;
+  const bool queries = chunk.first_query < rows;
+  alignas(64) float reach[1024];   // from the sub-chunk's start or end to the row
+  fill_one(chunk.total, columns);  // from the chunk's start to the sub-chunk's
+  for (std::int64_t begin = 0; begin < rows; begin += kSubChunk) {
+    const std::int64_t count = std::min(kSubChunk, rows - begin);
+    fill_one(reach, columns);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t row = (begin + i) * ld;
+      multiply_rows(reach, chunk.factor + row, columns, reach);
+      each_vector(columns, [&](std::int64_t c) {
+        const Vec from_sub_chunk = load(reach + c);
+        const Vec from_chunk = mul(load(chunk.total + c), from_sub_chunk);
+        const Vec q = load(chunk.q + row + c);
+        const Vec k = load(chunk.k + row + c);
+        store(scratch.left + i * ld + c, mul(q, from_sub_chunk));
+        store(chunk.q_start + row + c, mul(q, from_chunk));
+        if (shape.delta) {
+          store(scratch.left + (kSubChunk + i) * ld + c, mul(k, from_sub_chunk));
+          store(chunk.k_start + row + c, mul(k, from_chunk));
+        }
+        if (for_gradient) store(chunk.start + row + c, from_chunk);
+      });
+    }
+    if (begin > 0) {
+      const RightMatrix keys{scratch.panels, 16, columns * 16};
+      if (queries) {
+        multiply({scratch.left, ld, 1}, keys, {chunk.scores + begin * ldp, ldp}, count, shape.head_dim, begin);
+      }
+      if (shape.delta) {
+        multiply({scratch.left + kSubChunk * ld, ld, 1}, keys, {chunk.overlap + begin * ldp, ldp}, count,
+                 shape.head_dim, begin);
+      }
+    }
+    multiply_rows(chunk.total, reach, columns, chunk.total);
+
+    const std::int64_t middle = begin + std::min<std::int64_t>(kSubChunk / 2, count - 1);
+    if (shape.product_on_diagonal && within_range(shape, chunk, begin, middle) &&
+        within_range(shape, chunk, middle, begin + count - 1)) {
+      diagonal_by_product(shape, chunk, begin, count, queries, scratch);
+    } else {
+      diagonal_by_running(shape, chunk, begin, count, queries, scratch);
+    }
+    if (begin + count == rows) break;
+    // Earlier panels move on to the end of this sub-chunk, whose own keys join them.
+    for (std::int64_t panel = 0; panel < begin; panel += kSubChunk) {
+      float* at = scratch.panels + panel * columns;
+      for (std::int64_t d = 0; d < shape.head_dim; ++d) scale_row(at + d * 16, reach[d], 16, at + d * 16);
+    }
+    fill_one(reach, columns);
+    for (std::int64_t i = count - 1; i >= 0; --i) {
+      multiply_rows(chunk.k + (begin + i) * ld, reach, columns, scratch.keys + i * ld);
+      multiply_rows(reach, chunk.factor + (begin + i) * ld, columns, reach);
+    }
+    transpose_to_panels(scratch.keys, ld, kSubChunk, columns, scratch.panels + begin * columns);
+  }
+  if (queries) clear_above(chunk.scores, ldp, rows, true);
+  if (shape.delta) clear_above(chunk.overlap, ldp, rows, false);
+
+  fill_one(reach, columns);
+  for (std::int64_t i = rows - 1; i >= 0; --i) {
+    multiply_rows(chunk.k + i * ld, reach, columns, chunk.k_end + i * ld);
+    if (for_gradient) std::copy_n(reach, columns, chunk.end + i * ld);
+    multiply_rows(reach, chunk.factor + i * ld, columns, reach);
+  }
+}
+
+/// (I + diag(beta) P)^-1 by forward substitution, row by row.
+inline void invert(const ChunkShape& shape, Chunk& chunk) {
+  const std::int64_t ldp = shape.pair_stride;
+  const std::int64_t padded = (chunk.rows + 15) / 16 * 16;
+  for (std::int64_t i = 0; i < chunk.rows; ++i) {
+    float* row = chunk.inverse + i * ldp;
+    const float* overlap = chunk.overlap + i * ldp;
+    const Vec beta = set1(-chunk.beta[i]);
+    for (std::int64_t column = 0; column < padded; column += 16) {
+      Vec sum[kVecsPer16];
+      for (Vec& s : sum) s = zero();
+      for (std::int64_t j = column; j < i; ++j) {
+        const Vec factor = set1(overlap[j]);
+        for (int v = 0; v < kVecsPer16; ++v) {
+          sum[v] = fma(factor, load(chunk.inverse + j * ldp + column + v * kLanes), sum[v]);
+        }
+      }
+      for (int v = 0; v < kVecsPer16; ++v) store(row + column + v * kLanes, mul(beta, sum[v]));
+    }
+    row[i] = 1;
+  }
+}
+
+void prepare(const ChunkShape& shape, const HeadJob& job, bool for_gradient, Chunk& chunk, Scratch& scratch) {
+  load_queries_and_keys(shape, job, chunk);
+  if (shape.decay == DecayKind::channel) {
+    load_channel_factors(shape, job, chunk, scratch);
+    prepare_channel(shape, for_gradient, chunk, scratch);
+  } else {
+    load_scalar_factors(shape, job, chunk, scratch);
+    prepare_scalar(shape, for_gradient, chunk, scratch);
+  }
+  if (shape.delta) invert(shape, chunk);
+}
+
+inline void load_values(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, std::int64_t first,
+                        std::int64_t last, float* out) {
+  const std::int64_t width = std::min(last, shape.value_dim) - first;
+  for (std::int64_t i = 0; i < chunk.rows; ++i) {
+    load_row(column_of(job.v, chunk.first + i, first), job.v.dtype, width, last - first, 1.0F,
+             out + i * shape.value_stride + first);
+  }
+}
+
+/// VN, and for the gradient R = V - KG S.
+inline void correct_values(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, const float* entry,
+                           std::int64_t first, std::int64_t last, float* remainder, Scratch& scratch) {
+  const std::int64_t ldv = shape.value_stride;
+  if (!shape.delta) {
+    load_values(shape, job, chunk, first, last, scratch.corrected);
+    return;
+  }
+  load_values(shape, job, chunk, first, last, scratch.values);
+  multiply({chunk.k_start, shape.key_stride, 1}, row_major(entry + first, ldv),
+           {scratch.values + first, ldv, Update::subtract}, chunk.rows, shape.head_dim, last - first);
+  for (std::int64_t i = 0; i < chunk.rows; ++i) {
+    float* row = scratch.values + i * ldv + first;
+    if (remainder != nullptr) std::copy_n(row, last - first, remainder + i * ldv + first);
+    scale_row(row, chunk.beta[i], last - first, row);
+  }
+  multiply({chunk.inverse, shape.pair_stride, 1}, row_major(scratch.values + first, ldv),
+           {scratch.corrected + first, ldv}, chunk.rows, chunk.rows, last - first, Part::left_lower);
+}
+
+/// O from the entry state and VN; written out where there is a query.
+inline void write_outputs(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, const float* entry,
+                          std::int64_t first, std::int64_t last, Scratch& scratch) {
+  if (chunk.first_query >= chunk.rows || job.o.data == nullptr) return;
+  const std::int64_t ldv = shape.value_stride;
+  const Target target{scratch.output + first, ldv};
+  multiply({chunk.q_start, shape.key_stride, 1}, row_major(entry + first, ldv), target, chunk.rows, shape.head_dim,
+           last - first);
+  multiply({chunk.scores, shape.pair_stride, 1}, row_major(scratch.corrected + first, ldv),
+           {target.data, ldv, Update::add}, chunk.rows, chunk.rows, last - first, Part::left_lower);
+  const std::int64_t width = std::min(last, shape.value_dim) - first;
+  for (std::int64_t i = chunk.first_query; i < chunk.rows; ++i) {
+    store_row(scratch.output + i * ldv + first, job.o.dtype, width,
+              column_of(job.o, chunk.first + i - job.first_query(), first));
+  }
+}
+
+void advance(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, const float* entry, float* exit,
+             std::int64_t first, std::int64_t last, Scratch& scratch) {
+  const std::int64_t ldv = shape.value_stride;
+  correct_values(shape, job, chunk, entry, first, last, nullptr, scratch);
+  write_outputs(shape, job, chunk, entry, first, last, scratch);
+  if (exit != entry) {
+    for (std::int64_t d = 0; d < shape.head_dim; ++d)
+      std::copy_n(entry + d * ldv + first, last - first, exit + d * ldv + first);
+  }
+  multiply({chunk.k_end, 1, shape.key_stride}, row_major(scratch.corrected + first, ldv),
+           {exit + first, ldv, Update::add, chunk.total}, shape.head_dim, chunk.rows, last - first);
+}
+
+void write(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, float* added, Scratch& scratch) {
+  load_values(shape, job, chunk, 0, shape.value_columns, scratch.corrected);
+  multiply({chunk.k_end, 1, shape.key_stride}, row_major(scratch.corrected, shape.value_stride),
+           {added, shape.value_stride}, shape.head_dim, chunk.rows, shape.value_columns);
+}
+
+void read(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, const float* entry, Scratch& scratch) {
+  load_values(shape, job, chunk, 0, shape.value_columns, scratch.corrected);
+  write_outputs(shape, job, chunk, entry, 0, shape.value_columns, scratch);
+}

@@ -1,0 +1,239 @@
+// Gradients of a chunk. Included once per level.
+//
+// With R = V - KG S, KG = K exp(G), KO = K exp(G_C - G), QG = Q exp(G), M = (I + diag(beta) P)^-1, VN = M diag(beta) R,
+// and dS' the gradient of the exit state:
+//   dVN = A^T dO + KO dS'        dA = tril(dO VN^T)        Z = M^T dVN        dL = -stril(Z VN^T)
+//   dR = diag(beta) Z = dV       dP = diag(beta) dL        dbeta_i = Z_i . R_i + sum_j dL[i,j] P[i,j]
+//   dS = diag(exp(G_C)) dS' + QG^T dO - KG^T dR
+// Keys meet exp(G) with a plus (as rows of P and in KG) and with a minus (as columns of A and P and in KO); the
+// gradient of G is q dq + k dK+ - k dK-, so that no product of decays has to be kept for it.
+
+/// Inside the chunk, one decay per token.
+inline void pair_gradients_scalar(const ChunkShape& shape, const Chunk& chunk, GradientScratch& gradient) {
+  const std::int64_t ld = shape.key_stride;
+  const std::int64_t ldp = shape.pair_stride;
+  const std::int64_t rows = chunk.rows;
+  const auto through = [&](float* d_pairs, float* d_rows, const float* left_rows) {
+    for (std::int64_t i = 0; i < rows; ++i) {
+      multiply_rows(d_pairs + i * ldp, chunk.pair_decay + i * ldp, (rows + 15) / 16 * 16, d_pairs + i * ldp);
+    }
+    multiply({d_pairs, ldp, 1}, row_major(chunk.k, ld), {d_rows, ld, Update::add}, rows, rows, shape.key_columns,
+             Part::left_lower);
+    multiply({d_pairs, 1, ldp}, row_major(left_rows, ld), {gradient.d_k_minus, ld, Update::add}, rows, rows,
+             shape.key_columns, Part::left_upper);
+  };
+  through(gradient.d_scores, gradient.d_q, chunk.q);
+  if (shape.delta) through(gradient.d_overlap, gradient.d_k_plus, chunk.k);
+}
+
+/// Pairs within a sub-chunk.
+inline void diagonal_gradients(const ChunkShape& shape, const Chunk& chunk, std::int64_t begin, std::int64_t count,
+                               GradientScratch& gradient) {
+  const std::int64_t ld = shape.key_stride;
+  alignas(64) float reach[1024];
+  for (std::int64_t j = begin; j < begin + count; ++j) {
+    fill_one(reach, shape.key_columns);
+    for (std::int64_t i = j; i < begin + count; ++i) {
+      const Vec d_score = set1(gradient.d_scores[i * shape.pair_stride + j]);
+      const Vec d_overlap = set1(shape.delta && i > j ? gradient.d_overlap[i * shape.pair_stride + j] : 0.0F);
+      each_vector(shape.key_columns, [&](std::int64_t c) {
+        Vec decay = load(reach + c);
+        if (i > j) decay = mul(decay, load(chunk.factor + i * ld + c));
+        store(reach + c, decay);
+        const Vec key = mul(decay, load(chunk.k + j * ld + c));
+        float* d_q = gradient.d_q + i * ld + c;
+        float* d_plus = gradient.d_k_plus + i * ld + c;
+        float* d_minus = gradient.d_k_minus + j * ld + c;
+        store(d_q, fma(d_score, key, load(d_q)));
+        store(d_plus, fma(d_overlap, key, load(d_plus)));
+        const Vec row = fma(d_overlap, load(chunk.k + i * ld + c), mul(d_score, load(chunk.q + i * ld + c)));
+        store(d_minus, fma(decay, row, load(d_minus)));
+      });
+    }
+  }
+}
+
+/// Inside the chunk, one decay per token and channel: the references of prepare_channel.
+inline void pair_gradients_channel(const ChunkShape& shape, const Chunk& chunk, Scratch& scratch,
+                                   GradientScratch& gradient) {
+  const std::int64_t ld = shape.key_stride;
+  const std::int64_t ldp = shape.pair_stride;
+  const std::int64_t columns = shape.key_columns;
+  alignas(64) float running[1024];
+  for (std::int64_t begin = 0; begin < chunk.rows; begin += kSubChunk) {
+    const std::int64_t count = std::min(kSubChunk, chunk.rows - begin);
+    diagonal_gradients(shape, chunk, begin, count, gradient);
+    if (begin == 0) continue;
+    // reach: from every earlier key to the start of this sub-chunk.
+    fill_one(running, columns);
+    for (std::int64_t j = begin - 1; j >= 0; --j) {
+      std::copy_n(running, columns, gradient.reach + j * ld);
+      multiply_rows(chunk.k + j * ld, running, columns, scratch.keys + j * ld);
+      multiply_rows(running, chunk.factor + j * ld, columns, running);
+    }
+    const auto through = [&](const float* d_pairs, float* d_rows, const float* rows_of, bool first) {
+      const float* block = d_pairs + begin * ldp;
+      multiply({block, ldp, 1}, row_major(scratch.keys, ld), {scratch.left, ld}, count, begin, columns);
+      fill_one(running, columns);
+      for (std::int64_t i = 0; i < count; ++i) {
+        const std::int64_t row = (begin + i) * ld;
+        multiply_rows(running, chunk.factor + row, columns, running);
+        add_product(scratch.left + i * ld, running, columns, d_rows + row);
+        multiply_rows(rows_of + row, running, columns, scratch.left + i * ld);
+      }
+      multiply({block, 1, ldp}, row_major(scratch.left, ld), {gradient.product, ld, first ? Update::set : Update::add},
+               begin, count, columns);
+    };
+    through(gradient.d_scores, gradient.d_q, chunk.q, true);
+    if (shape.delta) through(gradient.d_overlap, gradient.d_k_plus, chunk.k, false);
+    for (std::int64_t j = 0; j < begin; ++j) {
+      add_product(gradient.product + j * ld, gradient.reach + j * ld, columns, gradient.d_k_minus + j * ld);
+    }
+  }
+}
+
+/// Z, dL, dbeta, dR, from dVN; dR replaces dVN in d_values and dP lands in d_overlap.
+inline void delta_gradients(const ChunkShape& shape, const Chunk& chunk, const RightMatrix& corrected_transposed,
+                            GradientScratch& gradient) {
+  const std::int64_t ldv = shape.value_stride;
+  const std::int64_t ldp = shape.pair_stride;
+  const std::int64_t rows = chunk.rows;
+  multiply({chunk.inverse, 1, ldp}, row_major(gradient.d_corrected, ldv), {gradient.d_values, ldv}, rows, rows,
+           shape.value_columns, Part::left_upper);
+  multiply({gradient.d_values, ldv, 1}, corrected_transposed, {gradient.d_overlap, ldp}, rows, shape.value_dim, rows,
+           Part::product_lower);
+  clear_above(gradient.d_overlap, ldp, rows, false);
+  const std::int64_t padded = (rows + 15) / 16 * 16;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    float* d_overlap = gradient.d_overlap + i * ldp;
+    float* d_value = gradient.d_values + i * ldv;
+    gradient.d_beta[i] = dot(d_value, gradient.remainder + i * ldv, shape.value_columns) -
+                         dot(d_overlap, chunk.overlap + i * ldp, padded);
+    scale_row(d_overlap, -chunk.beta[i], padded, d_overlap);
+    scale_row(d_value, chunk.beta[i], shape.value_columns, d_value);
+  }
+}
+
+/// Writes dq, dk, dv, dbeta and, from the last row backwards, dg. `last` [key_columns]: what reaches G of the last row
+/// through the exit state.
+inline void store_gradients(const ChunkShape& shape, const HeadJob& job, const HeadGradients& gradients,
+                            const Chunk& chunk, const float* last, GradientScratch& gradient) {
+  const std::int64_t ld = shape.key_stride;
+  alignas(64) float running[1024];
+  alignas(64) float row[1024];
+  std::copy_n(last, shape.key_columns, running);
+  for (std::int64_t i = chunk.rows - 1; i >= 0; --i) {
+    const std::int64_t t = chunk.first + i;
+    const float* d_q = gradient.d_q + i * ld;
+    const float* d_plus = gradient.d_k_plus + i * ld;
+    const float* d_minus = gradient.d_k_minus + i * ld;
+    if (gradients.decay.data != nullptr) {
+      each_vector(shape.key_columns, [&](std::int64_t c) {
+        const Vec k = load(chunk.k + i * ld + c);
+        Vec sum = fma(load(chunk.q + i * ld + c), load(d_q + c), load(running + c));
+        sum = fma(k, sub(load(d_plus + c), load(d_minus + c)), sum);
+        store(running + c, sum);
+      });
+      if (shape.decay == DecayKind::channel) {
+        store_row(running, gradients.decay.dtype, shape.head_dim, gradients.decay.row(t));
+      } else {
+        fill_one(row, shape.key_columns);
+        store_from_float(gradients.decay.row(t), gradients.decay.dtype, 0, dot(running, row, shape.key_columns));
+      }
+    }
+    if (gradients.k.data != nullptr) {
+      each_vector(shape.key_columns, [&](std::int64_t c) { store(row + c, add(load(d_plus + c), load(d_minus + c))); });
+      store_row(row, gradients.k.dtype, shape.head_dim, gradients.k.row(t));
+    }
+    if (gradients.q.data != nullptr && i >= chunk.first_query) {
+      scale_row(d_q, shape.scale, shape.key_columns, row);
+      store_row(row, gradients.q.dtype, shape.head_dim, gradients.q.row(t - job.first_query()));
+    }
+    if (gradients.v.data != nullptr) {
+      const float* d_value = (shape.delta ? gradient.d_values : gradient.d_corrected) + i * shape.value_stride;
+      store_row(d_value, gradients.v.dtype, shape.value_dim, gradients.v.row(t));
+    }
+    if (gradients.beta.data != nullptr) {
+      store_from_float(gradients.beta.row(t), gradients.beta.dtype, 0, gradient.d_beta[i]);
+    }
+  }
+}
+
+void backward(const ChunkShape& shape, const HeadJob& job, const HeadGradients& gradients, const Chunk& chunk,
+              const float* entry, Scratch& scratch, GradientScratch& gradient) {
+  const std::int64_t ld = shape.key_stride;
+  const std::int64_t ldv = shape.value_stride;
+  const std::int64_t ldp = shape.pair_stride;
+  const std::int64_t rows = chunk.rows;
+  const std::int64_t padded = (rows + 15) / 16 * 16;
+  const bool queries = chunk.first_query < rows;
+
+  correct_values(shape, job, chunk, entry, 0, shape.value_columns, gradient.remainder, scratch);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    float* row = gradient.d_output + i * ldv;
+    if (i < chunk.first_query) {
+      fill_zero(row, shape.value_columns);
+    } else {
+      load_row(gradients.o.row(chunk.first + i - job.first_query()), gradients.o.dtype, shape.value_dim,
+               shape.value_columns, 1.0F, row);
+    }
+  }
+  const RightMatrix d_output = row_major(gradient.d_output, ldv);
+
+  multiply({chunk.k_end, ld, 1}, row_major(gradient.state, ldv), {gradient.d_corrected, ldv}, rows, shape.head_dim,
+           shape.value_columns);
+  for (std::int64_t i = rows; i < padded; ++i) fill_zero(scratch.corrected + i * ldv, shape.value_columns);
+  transpose_to_panels(scratch.corrected, ldv, padded, shape.value_columns, scratch.panels);
+  const RightMatrix corrected_transposed{scratch.panels, 16, shape.value_columns * 16};
+  if (queries) {
+    multiply({chunk.scores, 1, ldp}, d_output, {gradient.d_corrected, ldv, Update::add}, rows, rows,
+             shape.value_columns, Part::left_upper);
+    multiply({gradient.d_output, ldv, 1}, corrected_transposed, {gradient.d_scores, ldp}, rows, shape.value_dim, rows,
+             Part::product_lower);
+    clear_above(gradient.d_scores, ldp, rows, true);
+  } else {
+    for (std::int64_t i = 0; i < rows; ++i) fill_zero(gradient.d_scores + i * ldp, padded);
+  }
+  if (shape.delta) delta_gradients(shape, chunk, corrected_transposed, gradient);
+
+  // What reaches the decays through the exit state, then that state's gradient moves to the entry.
+  alignas(64) float last[1024];
+  fill_zero(last, shape.key_columns);
+  for (std::int64_t d = 0; d < shape.head_dim; ++d) {
+    last[d] = chunk.total[d] * dot(entry + d * ldv, gradient.state + d * ldv, shape.value_columns);
+  }
+  transpose_to_panels(gradient.state, ldv, shape.key_columns, shape.value_columns, scratch.panels);
+  const RightMatrix transposed{scratch.panels, 16, shape.value_columns * 16};
+  multiply({scratch.corrected, ldv, 1}, transposed, {gradient.d_k_end, ld}, rows, shape.value_dim, shape.key_columns);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    add_product(chunk.k_end + i * ld, gradient.d_k_end + i * ld, shape.key_columns, last);
+    multiply_rows(gradient.d_k_end + i * ld, chunk.end + i * ld, shape.key_columns, gradient.d_k_minus + i * ld);
+  }
+  multiply({chunk.q_start, 1, ld}, d_output, {gradient.state, ldv, Update::add, chunk.total}, shape.head_dim, rows,
+           shape.value_columns);
+  if (shape.delta) {
+    multiply({chunk.k_start, 1, ld}, row_major(gradient.d_values, ldv), {gradient.state, ldv, Update::subtract},
+             shape.head_dim, rows, shape.value_columns);
+  }
+
+  transpose_to_panels(entry, ldv, shape.key_columns, shape.value_columns, scratch.panels);
+  multiply({gradient.d_output, ldv, 1}, transposed, {gradient.product, ld}, rows, shape.value_dim, shape.key_columns);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    multiply_rows(gradient.product + i * ld, chunk.start + i * ld, shape.key_columns, gradient.d_q + i * ld);
+    fill_zero(gradient.d_k_plus + i * ld, shape.key_columns);
+  }
+  if (shape.delta) {
+    multiply({gradient.d_values, ldv, 1}, transposed, {gradient.product, ld}, rows, shape.value_dim, shape.key_columns);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      float* d_key = gradient.product + i * ld;
+      scale_row(d_key, -1.0F, shape.key_columns, d_key);
+      multiply_rows(d_key, chunk.start + i * ld, shape.key_columns, gradient.d_k_plus + i * ld);
+    }
+  }
+  if (shape.decay == DecayKind::channel) {
+    pair_gradients_channel(shape, chunk, scratch, gradient);
+  } else {
+    pair_gradients_scalar(shape, chunk, gradient);
+  }
+  store_gradients(shape, job, gradients, chunk, last, gradient);
+}

@@ -1,0 +1,272 @@
+// run_recurrent_backward: checkpoints of the state, segments from the last to the first, sums over shared heads.
+#include <algorithm>
+
+#include "core/error.h"
+#include "core/parallel.h"
+#include "recurrent/memory.h"
+
+namespace tessera {
+
+namespace recurrent {
+
+namespace {
+
+/// Chunks whose entry states are kept at once; between segments only one state is.
+constexpr std::int64_t kSegment = 32;
+
+/// Memory of one thread.
+struct Worker {
+  Arena arena;
+  Chunk chunk{};
+  Scratch scratch{};
+  GradientScratch gradient{};
+  float* entries = nullptr;  ///< [kSegment] states
+
+  explicit Worker(const ChunkShape& shape) {
+    Arena size;
+    lay_out(shape, size);
+    arena = Arena(size.used());
+    lay_out(shape, arena);
+  }
+
+ private:
+  void lay_out(const ChunkShape& shape, Arena& from) {
+    place(shape, true, from, chunk);
+    place(shape, from, scratch);
+    place(shape, from, gradient);
+    entries = from.take(kSegment * state_floats(shape));
+  }
+};
+
+void run_head(const LevelKernels& level, const ChunkShape& shape, HeadJob job, const HeadGradients& gradients,
+              Worker& worker) {
+  const std::int64_t size = state_floats(shape);
+  const std::int64_t chunks = chunks_of(shape, job);
+  const std::int64_t segments = (chunks + kSegment - 1) / kSegment;
+  job.o = {};
+  Arena checkpoints(segments * size);
+  float* checkpoint = checkpoints.take(segments * size);
+  std::fill_n(checkpoint, segments * size, 0.0F);  // the columns and rows that pad a state stay 0
+  if (segments > 0) load_state(shape, gradients.initial_state_of, checkpoint);
+  const auto advance = [&](std::int64_t c, const float* entry, float* exit) {
+    set_range(shape, job, c, worker.chunk);
+    worker.chunk.first_query = worker.chunk.rows;  // states only
+    level.prepare(shape, job, false, worker.chunk, worker.scratch);
+    level.advance(shape, job, worker.chunk, entry, exit, 0, shape.value_columns, worker.scratch);
+  };
+  for (std::int64_t c = 0; c < (segments - 1) * kSegment; ++c) {
+    const float* start = checkpoint + c / kSegment * size;
+    float* running = checkpoint + (c / kSegment + 1) * size;
+    advance(c, c % kSegment == 0 ? start : running, running);
+  }
+  load_state(shape, gradients.final_state, worker.gradient.state);
+  for (std::int64_t segment = segments - 1; segment >= 0; --segment) {
+    const std::int64_t first = segment * kSegment;
+    const std::int64_t last = std::min(chunks, first + kSegment);
+    std::copy_n(checkpoint + segment * size, size, worker.entries);
+    for (std::int64_t c = first; c + 1 < last; ++c) {
+      float* entry = worker.entries + (c - first) * size;
+      std::fill_n(entry + size, size, 0.0F);
+      advance(c, entry, entry + size);
+    }
+    for (std::int64_t c = last - 1; c >= first; --c) {
+      set_range(shape, job, c, worker.chunk);
+      level.prepare(shape, job, true, worker.chunk, worker.scratch);
+      level.backward(shape, job, gradients, worker.chunk, worker.entries + (c - first) * size, worker.scratch,
+                     worker.gradient);
+    }
+  }
+  store_state(shape, worker.gradient.state, gradients.initial_state);
+}
+
+/// Where the gradient of a tensor goes: to the caller's, or per state head to a float tensor that is summed later.
+class GradientTarget {
+ public:
+  GradientTarget(const MutableTensorView& wanted, std::int64_t heads) : wanted_(wanted), view_(wanted) {
+    if (wanted.data == nullptr || wanted.shape[1] == heads) return;
+    const std::array<std::int64_t, 4> shape{wanted.shape[0], heads, wanted.shape[2], wanted.shape[3]};
+    own_.resize(static_cast<std::size_t>(shape[0] * shape[1] * shape[2] * shape[3]));
+    view_ = mutable_view_of(own_.data(), DType::f32, shape);
+  }
+  const MutableTensorView& view() const { return view_; }
+
+  /// Sums the state heads that shared a head, in their order.
+  void finish(int threads) const {
+    if (own_.empty()) return;
+    const std::int64_t shared = view_.shape[1] / wanted_.shape[1];
+    parallel_for(wanted_.shape[0] * wanted_.shape[1], threads, [&](std::int64_t i, int) {
+      const std::int64_t b = i / wanted_.shape[1];
+      const std::int64_t h = i % wanted_.shape[1];
+      for (std::int64_t n = 0; n < wanted_.shape[2]; ++n) {
+        for (std::int64_t d = 0; d < wanted_.shape[3]; ++d) {
+          float sum = 0;
+          for (std::int64_t member = 0; member < shared; ++member) {
+            sum += load_as_float(view_.row(b, h * shared + member, n), DType::f32, d);
+          }
+          store_from_float(wanted_.row(b, h, n), wanted_.dtype, d, sum);
+        }
+      }
+    });
+  }
+
+ private:
+  MutableTensorView wanted_;
+  MutableTensorView view_;
+  std::vector<float> own_;
+};
+
+void check_gradient(const MutableTensorView& gradient, const TensorView& of, std::string_view name) {
+  if (gradient.data == nullptr) return;
+  require(of.data != nullptr, "gradient of {} is wanted, but {} is not given", name, name);
+  require(is_attention_dtype(gradient.dtype), "gradient of {} has dtype {}; expected f32, bf16 or f16", name,
+          name_of(gradient.dtype));
+  require(gradient.shape == of.shape, "gradient of {} has shape [{}]; expected [{}]", name,
+          fmt::join(gradient.shape, ", "), fmt::join(of.shape, ", "));
+  require(gradient.strides[3] == 1 || gradient.shape[3] == 1,
+          "gradient of {} has stride {} on its last axis; expected 1", name, gradient.strides[3]);
+  for (std::size_t axis = 0; axis < 3; ++axis) {
+    require(gradient.strides.at(axis) != 0 || gradient.shape.at(axis) <= 1,
+            "gradient of {} has stride 0 on axis {}; expected one place per element", name, axis);
+  }
+}
+
+/// Tokens before `skip` are not read: their gradients are 0.
+void clear(const MutableTensorView& gradient) {
+  if (gradient.data == nullptr) return;
+  for (std::int64_t b = 0; b < gradient.shape[0]; ++b) {
+    for (std::int64_t h = 0; h < gradient.shape[1]; ++h) {
+      for (std::int64_t n = 0; n < gradient.shape[2]; ++n) {
+        for (std::int64_t d = 0; d < gradient.shape[3]; ++d)
+          store_from_float(gradient.row(b, h, n), gradient.dtype, d, 0);
+      }
+    }
+  }
+}
+
+std::vector<HeadGradients> head_gradients(const RecurrentProblem& problem, const TensorView& grad_o,
+                                          std::span<const float> initial_state, std::span<const float> grad_final_state,
+                                          const RecurrentGradients& gradients) {
+  std::vector<HeadGradients> heads;
+  const std::int64_t size = problem.head_dim * problem.value_dim;
+  for (std::int64_t s = 0; s < problem.batch; ++s) {
+    const SequenceRange range = range_of(problem, s);
+    for (std::int64_t h = 0; h < problem.heads; ++h) {
+      const std::int64_t at = (s * problem.heads + h) * size;
+      const auto rows = [&](const MutableTensorView& view, std::int64_t first) {
+        return rows_of(view, problem.heads, h, range.tensor_batch, first);
+      };
+      heads.push_back(
+          {.o = rows_of(grad_o, problem.heads, h, range.tensor_batch, range.first_query),
+           .final_state = grad_final_state.empty() ? nullptr : grad_final_state.data() + at,
+           .initial_state_of = initial_state.empty() ? nullptr : initial_state.data() + at,
+           .q = rows(gradients.q, range.first_query),
+           .k = rows(gradients.k, range.first_token),
+           .v = rows(gradients.v, range.first_token),
+           .decay = rows(gradients.decay, range.first_token),
+           .beta = rows(gradients.beta, range.first_token),
+           .initial_state = gradients.initial_state.empty() ? nullptr : gradients.initial_state.data() + at});
+    }
+  }
+  return heads;
+}
+
+void check_backward(const RecurrentProblem& problem, const RecurrentInputs& inputs,
+                    std::span<const float> initial_state, const TensorView& grad_o,
+                    std::span<const float> grad_final_state, const RecurrentGradients& gradients) {
+  check_tensors(problem, inputs);
+  check_output(problem, grad_o, "grad_o");
+  for (const auto& [name, count] : {std::pair{"initial_state", initial_state.size()},
+                                    {"grad_final_state", grad_final_state.size()},
+                                    {"gradient of the initial state", gradients.initial_state.size()}}) {
+    require(count == 0 || static_cast<std::int64_t>(count) == problem.state_size(),
+            "{} has {} elements; expected 0 or batch x heads x head_dim x value_dim = {}", name, count,
+            problem.state_size());
+  }
+  check_gradient(gradients.q, inputs.q, "q");
+  check_gradient(gradients.k, inputs.k, "k");
+  check_gradient(gradients.v, inputs.v, "v");
+  check_gradient(gradients.decay, inputs.decay, "decay");
+  check_gradient(gradients.beta, inputs.beta, "beta");
+}
+
+}  // namespace
+
+void run_reference_backward(const RecurrentProblem& problem, const std::vector<HeadJob>& jobs,
+                            const std::vector<HeadGradients>& gradients, int threads) {
+  parallel_for(static_cast<std::int64_t>(jobs.size()), threads, [&](std::int64_t i, int) {
+    const HeadJob& job = jobs[i];
+    const HeadGradients& out = gradients[i];
+    const ReferenceHead head = reference_head(problem, job, out.initial_state_of);
+    std::vector<double> d_o(static_cast<std::size_t>(job.tokens * problem.value_dim), 0.0);
+    for (std::int64_t n = 0; n < job.queries; ++n) {
+      for (std::int64_t e = 0; e < problem.value_dim; ++e) {
+        d_o[(job.first_query() + n) * problem.value_dim + e] = load_as_float(out.o.row(n), out.o.dtype, e);
+      }
+    }
+    std::vector<double> d_state(head.state.size(), 0.0);
+    if (out.final_state != nullptr) std::copy_n(out.final_state, d_state.size(), d_state.begin());
+    const ReferenceGradients result = reference_backward(head, d_o, d_state);
+    const auto narrow = [&](const std::vector<double>& values, std::int64_t skip, std::int64_t width,
+                            const OutputRows& rows) {
+      if (rows.data == nullptr) return;
+      for (std::int64_t t = skip; t < job.tokens; ++t) {
+        for (std::int64_t d = 0; d < width; ++d) {
+          store_from_float(rows.row(t - skip), rows.dtype, d, static_cast<float>(values[t * width + d]));
+        }
+      }
+    };
+    narrow(result.q, job.first_query(), problem.head_dim, out.q);
+    narrow(result.k, 0, problem.head_dim, out.k);
+    narrow(result.v, 0, problem.value_dim, out.v);
+    narrow(result.decay, 0, job.decay_width, out.decay);
+    narrow(result.beta, 0, 1, out.beta);
+    if (out.initial_state != nullptr) std::copy(result.state.begin(), result.state.end(), out.initial_state);
+  });
+}
+
+}  // namespace recurrent
+
+void run_recurrent_backward(const RecurrentProblem& problem, const RecurrentInputs& inputs,
+                            std::span<const float> initial_state, const TensorView& grad_o,
+                            std::span<const float> grad_final_state, const RecurrentGradients& gradients,
+                            const RecurrentOptions& options) {
+  using namespace recurrent;  // NOLINT(google-build-using-namespace): the parts of this very function
+  problem.validate();
+  check_options(options);
+  check_backward(problem, inputs, initial_state, grad_o, grad_final_state, gradients);
+  if (!problem.skip.empty()) {
+    for (const MutableTensorView& view : {gradients.k, gradients.v, gradients.decay, gradients.beta}) clear(view);
+  }
+
+  const GradientTarget q(gradients.q, problem.heads);
+  const GradientTarget k(gradients.k, problem.heads);
+  const GradientTarget v(gradients.v, problem.heads);
+  RecurrentGradients targets = gradients;
+  targets.q = q.view();
+  targets.k = k.view();
+  targets.v = v.view();
+  const std::vector<HeadJob> jobs = jobs_of(problem, inputs, {}, {});
+  const std::vector<HeadGradients> outputs = head_gradients(problem, grad_o, initial_state, grad_final_state, targets);
+  const int team = thread_count(options.threads);
+  if (options.form == RecurrentForm::reference) {
+    check_decays(problem, inputs.decay);
+    run_reference_backward(problem, jobs, outputs, team);
+  } else {
+    const LevelKernels& level = level_of(options.isa.value_or(default_isa()));
+    const ChunkShape shape = chunk_shape(problem, inputs, options);
+    std::vector<Worker> workers;
+    workers.reserve(static_cast<std::size_t>(team));
+    for (int i = 0; i < team; ++i) workers.emplace_back(shape);
+    const std::vector<std::int64_t> order = longest_first(jobs);
+    parallel_for(static_cast<std::int64_t>(jobs.size()), team, [&](std::int64_t i, int thread) {
+      const std::int64_t at = order[static_cast<std::size_t>(i)];
+      run_head(level, shape, jobs[at], outputs[at], workers[static_cast<std::size_t>(thread)]);
+    });
+    if (std::any_of(workers.begin(), workers.end(), [](const Worker& w) { return w.scratch.bad_decay != 0; })) {
+      check_decays(problem, inputs.decay);
+    }
+  }
+  for (const GradientTarget* target : {&q, &k, &v}) target->finish(team);
+}
+
+}  // namespace tessera

@@ -1,0 +1,19 @@
+// The kernel text built for avx512; see level-inl.h.
+#define TESSERA_LEVEL_AVX512
+
+#if defined(__x86_64__)
+#include "kernels/cpu/level_headers.h"
+#include "recurrent/chunk.h"
+
+namespace tessera::recurrent {
+namespace {
+#include "recurrent/level-inl.h"
+}  // namespace
+
+const LevelKernels& level_avx512() {
+  static constexpr LevelKernels kernels = level_table();
+  return kernels;
+}
+
+}  // namespace tessera::recurrent
+#endif
