@@ -1,6 +1,7 @@
 // Methods: named systems from the literature that turn a problem (and its Q, K) into a plan.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -32,12 +33,32 @@ struct ParameterInfo {
   std::string description;
 };
 
+/// What the size of an axis of a side input follows from. `tokens`: one entry per key of the call, or only for the keys
+/// that the call adds. `width`: the method's own, such as that of a convolution.
+enum class SideAxis : std::uint8_t { one, batch, q_heads, kv_heads, tokens, head_dim, value_dim, width };
+
+/// A tensor that a method reads beside q, k, v, as benchmarks and the documentation see it.
+struct SideInputInfo {
+  std::string name;
+  std::vector<SideAxis> axes = {};  ///< of its shape; fewer than 4 leave out leading axes
+  double minimum = 0;               ///< range of sensible values, from which benchmarks draw
+  double maximum = 1;
+  bool required = true;
+  std::string description = {};
+};
+/// "[B, Hq, N, D]".
+std::string shape_text(const SideInputInfo& side);
+/// Its shape in one call, leading axes 1.
+std::array<std::int64_t, 4> side_shape(const SideInputInfo& side, const Problem& problem);
+
 struct MethodInfo {
   std::string name;     ///< as in SPEC
   std::string family;   ///< pattern, prefill, decode, diffusion, trainable, linear
   std::string summary;  ///< one line
   std::string paper;    ///< title and arXiv id, empty for plain patterns
   Phases phases;
+  std::vector<SideInputInfo> side = {};  ///< what AttentionInputs::side may or must hold
+  bool has_plan = true;                  ///< false: a recurrence; plan() throws and attend() executes no plan
 };
 
 /// State that lives across calls (earlier plans, histories). Owned by the caller, keyed by sequence, layer and head
@@ -62,9 +83,11 @@ class Method {
   virtual const MethodInfo& info() const = 0;
   /// The parameters as a JSON object, defaults filled in.
   virtual std::string parameters() const = 0;
-  /// Decides what to compute. `inputs` must fit `problem`; only q and k are read, patterns read neither.
+  /// Decides what to compute. `inputs` must fit `problem`; only q and k are read, patterns read neither. Throws Error
+  /// for a method without plan (MethodInfo::has_plan).
   virtual Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const = 0;
-  /// Plans and runs. Methods with branches or corrections override it. `executed` receives the plan if not null.
+  /// Plans and runs. Methods with branches or corrections override it. `executed` receives the plan if not null;
+  /// methods without plan leave it alone.
   virtual RunReport attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
                            const PlanContext& context, Plan* executed = nullptr) const;
   virtual std::unique_ptr<MethodState> new_state() const { return nullptr; }

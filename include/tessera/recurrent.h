@@ -23,7 +23,8 @@ namespace tessera {
 
 /// Shapes of one call. Every state head h of `heads` reads query head h * q_heads / heads, key head
 /// h * k_heads / heads and value head h * v_heads / heads: grouped values (q_heads = k_heads < heads) and shared keys
-/// and values (k_heads = v_heads < heads) are both spelled this way. Decays and betas are per state head.
+/// and values (k_heads = v_heads < heads) are both spelled this way. Decays and betas are per state head, or shared
+/// likewise.
 struct RecurrentProblem {
   std::int64_t batch = 1;  ///< sequences
   std::int64_t heads = 1;  ///< states per sequence, and heads of the output
@@ -35,6 +36,8 @@ struct RecurrentProblem {
   std::int64_t kv_len = 0;          ///< tokens per sequence, or of all sequences of a variable-length batch
   std::int64_t q_len = 0;           ///< queries per sequence (all), which belong to its last tokens
   std::optional<float> scale = {};  ///< absent: 1 / sqrt(head_dim)
+  /// Queries and keys are divided by sqrt(their squared length + 1e-6) as they are read.
+  bool normalise = false;
   /// Variable-length batches: sequences + 1 offsets into the token axes, as in Problem; empty for uniform batches.
   std::vector<std::int64_t> cu_seqlens_q = {};
   std::vector<std::int64_t> cu_seqlens_k = {};

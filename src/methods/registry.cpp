@@ -1,6 +1,7 @@
 #include "methods/registry.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <tuple>
 
@@ -91,6 +92,33 @@ std::unique_ptr<const Method> make_method(std::string_view spec) {
   const std::size_t colon = spec.find(':');
   const MethodEntry& entry = find_method(spec.substr(0, colon));
   return from_pairs(entry, colon == std::string_view::npos ? std::string_view{} : spec.substr(colon + 1));
+}
+
+void refuse_plan(const MethodInfo& info) {
+  fail("method '{}' is a recurrence and has no plan; call attend()", info.name);
+}
+
+std::string shape_text(const SideInputInfo& side) {
+  static constexpr std::array<std::string_view, 8> names{"1", "B", "Hq", "Hkv", "N", "D", "Dv", "w"};
+  std::vector<std::string_view> axes;
+  for (const SideAxis axis : side.axes) axes.push_back(names.at(static_cast<std::size_t>(axis)));
+  return fmt::format("[{}]", fmt::join(axes, ", "));
+}
+
+std::array<std::int64_t, 4> side_shape(const SideInputInfo& side, const Problem& problem) {
+  const std::array<std::int64_t, 8> sizes{1,
+                                          problem.variable_length() ? 1 : problem.batch,
+                                          problem.q_heads,
+                                          problem.kv_heads,
+                                          problem.kv_len,
+                                          problem.head_dim,
+                                          problem.value_dim,
+                                          4};
+  std::array<std::int64_t, 4> shape{1, 1, 1, 1};
+  for (std::size_t i = 0; i < side.axes.size(); ++i) {
+    shape.at(4 - side.axes.size() + i) = sizes.at(static_cast<std::size_t>(side.axes[i]));
+  }
+  return shape;
 }
 
 RunReport Method::attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,

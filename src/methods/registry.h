@@ -5,7 +5,7 @@
 //   static MethodInfo info();
 //   explicit Type(Params);                        (or an aggregate whose first member is Params)
 //   Plan plan(const Problem&, const AttentionInputs&, const PlanContext&) const;
-// and optionally
+// or, for a recurrence, which has no plan, attend() alone; and optionally
 //   static constexpr bool reads_inputs = false;   patterns: plan() looks at neither q nor k
 //   RunReport attend(...) const;                  methods with branches or corrections
 //   std::unique_ptr<MethodState> new_state() const;
@@ -22,19 +22,39 @@
 
 namespace tessera {
 
+template <class Type>
+concept HasPlan = requires {
+  &Type::plan;
+};
+
+/// info() of a type, with what follows from the type itself.
+template <class Type>
+MethodInfo info_of() {
+  MethodInfo info = Type::info();
+  info.has_plan = HasPlan<Type>;
+  return info;
+}
+
+/// Throws the Error of Method::plan for a method without plan.
+[[noreturn]] void refuse_plan(const MethodInfo& info);
+
 /// Method over a concrete type: checks what every method would have to check.
 template <class Type>
 class BoundMethod final : public Method {
  public:
   explicit BoundMethod(typename Type::Params params)
-      : info_(Type::info()), parameters_(parameters_of(params).to_json()), method_{std::move(params)} {}
+      : info_(info_of<Type>()), parameters_(parameters_of(params).to_json()), method_{std::move(params)} {}
 
   const MethodInfo& info() const override { return info_; }
   std::string parameters() const override { return parameters_; }
 
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const override {
-    check(problem, inputs);
-    return method_.plan(problem, inputs, context);
+    if constexpr (HasPlan<Type>) {
+      check(problem, inputs);
+      return method_.plan(problem, inputs, context);
+    } else {
+      refuse_plan(info_);
+    }
   }
 
   RunReport attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
@@ -73,7 +93,7 @@ class BoundMethod final : public Method {
 template <class Type>
 MethodEntry entry_of() {
   typename Type::Params defaults;
-  return {Type::info(), parameters_of(defaults).describe(),
+  return {info_of<Type>(), parameters_of(defaults).describe(),
           [](std::string_view parameters) -> std::unique_ptr<const Method> {
             typename Type::Params params;
             parameters_of(params).assign(Type::info().name, parameters);

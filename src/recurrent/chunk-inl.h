@@ -32,6 +32,13 @@ inline void load_scalar_factors(const ChunkShape& shape, const HeadJob& job, con
   for (std::int64_t i = 0; i < chunk.rows; i += kLanes) store(chunk.factor + i, exp_of(load(g + i)));
 }
 
+/// Divides a row by sqrt(its squared length + epsilon), then multiplies it by `scale`; returns 1 over that root.
+inline float normalise_row(float* row, std::int64_t columns, float scale) {
+  const float factor = 1.0F / std::sqrt(dot(row, row, columns) + static_cast<float>(kLengthEpsilon));
+  scale_row(row, scale * factor, columns, row);
+  return factor;
+}
+
 inline void load_queries_and_keys(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk) {
   const std::int64_t padded = (chunk.rows + 15) / 16 * 16;
   for (std::int64_t i = 0; i < padded; ++i) {
@@ -39,12 +46,14 @@ inline void load_queries_and_keys(const ChunkShape& shape, const HeadJob& job, c
     float* k = chunk.k + i * shape.key_stride;
     if (i >= chunk.first_query && i < chunk.rows) {
       load_row(job.q.row(chunk.first + i - job.first_query()), job.q.dtype, shape.head_dim, shape.key_columns,
-               shape.scale, q);
+               shape.normalise ? 1.0F : shape.scale, q);
+      if (shape.normalise) chunk.q_length[i] = normalise_row(q, shape.key_columns, shape.scale);
     } else {
       fill_zero(q, shape.key_columns);
     }
     if (i < chunk.rows) {
       load_row(job.k.row(chunk.first + i), job.k.dtype, shape.head_dim, shape.key_columns, 1.0F, k);
+      if (shape.normalise) chunk.k_length[i] = normalise_row(k, shape.key_columns, 1.0F);
       chunk.beta[i] = shape.delta ? load_as_float(job.beta.row(chunk.first + i), job.beta.dtype, 0) : 1.0F;
     } else {
       fill_zero(k, shape.key_columns);

@@ -11,6 +11,9 @@ namespace tessera::recurrent {
 /// Tokens whose decays are referred to one row: within a sub-chunk products of decays run row by row.
 inline constexpr std::int64_t kSubChunk = 16;
 
+/// Added to squared lengths of queries and keys before the root.
+inline constexpr double kLengthEpsilon = 1e-6;
+
 /// Rows of a tensor, one per token.
 struct Rows {
   const std::byte* data = nullptr;
@@ -73,6 +76,7 @@ struct ChunkShape {
   float scale = 1;
   DecayKind decay = DecayKind::none;
   bool delta = false;
+  bool normalise = false;
   bool product_on_diagonal = true;
 };
 
@@ -92,10 +96,12 @@ struct Chunk {
   float* overlap;                ///< P: k_i . k_j decayed, j < i, else 0; delta only
   float* inverse;                ///< (I + diag(beta) P)^-1; delta only
   float* beta;                   ///< [chunk]
-  float* factor;                 ///< exp(g): [chunk][key_stride], or [chunk] for scalar decays
-  float* pair_decay;             ///< scalar decays: exp(G_i - G_j), [chunk][pair_stride]
-  float* start;                  ///< exp(G) [chunk][key_stride]
-  float* end;                    ///< exp(G_C - G)
+  float* q_length;               ///< [chunk] what queries were multiplied by to have length 1; with normalise
+  float* k_length;
+  float* factor;      ///< exp(g): [chunk][key_stride], or [chunk] for scalar decays
+  float* pair_decay;  ///< scalar decays: exp(G_i - G_j), [chunk][pair_stride]
+  float* start;       ///< exp(G) [chunk][key_stride]
+  float* end;         ///< exp(G_C - G)
 };
 
 /// Scratch of one thread.

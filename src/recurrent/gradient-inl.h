@@ -114,6 +114,15 @@ inline void delta_gradients(const ChunkShape& shape, const Chunk& chunk, const R
   }
 }
 
+/// From the gradient of y = x * factor, factor = 1 / sqrt(x.x + epsilon), that of x: factor (dy - y (y.dy)).
+/// y = unit * length.
+inline void through_length(float* gradient, const float* length, float unit, float factor, std::int64_t columns) {
+  const Vec along = set1(-unit * unit * dot(length, gradient, columns));
+  each_vector(columns, [&](std::int64_t c) {
+    store(gradient + c, mul(set1(factor), fma(along, load(length + c), load(gradient + c))));
+  });
+}
+
 /// Writes dq, dk, dv, dbeta and, from the last row backwards, dg. `last` [key_columns]: what reaches G of the last row
 /// through the exit state.
 inline void store_gradients(const ChunkShape& shape, const HeadJob& job, const HeadGradients& gradients,
@@ -143,10 +152,14 @@ inline void store_gradients(const ChunkShape& shape, const HeadJob& job, const H
     }
     if (gradients.k.data != nullptr) {
       each_vector(shape.key_columns, [&](std::int64_t c) { store(row + c, add(load(d_plus + c), load(d_minus + c))); });
+      if (shape.normalise) through_length(row, chunk.k + i * ld, 1.0F, chunk.k_length[i], shape.key_columns);
       store_row(row, gradients.k.dtype, shape.head_dim, gradients.k.row(t));
     }
     if (gradients.q.data != nullptr && i >= chunk.first_query) {
       scale_row(d_q, shape.scale, shape.key_columns, row);
+      if (shape.normalise && shape.scale != 0) {
+        through_length(row, chunk.q + i * ld, 1 / shape.scale, chunk.q_length[i], shape.key_columns);
+      }
       store_row(row, gradients.q.dtype, shape.head_dim, gradients.q.row(t - job.first_query()));
     }
     if (gradients.v.data != nullptr) {

@@ -191,6 +191,23 @@ void check_backward(const RecurrentProblem& problem, const RecurrentInputs& inpu
 
 }  // namespace
 
+namespace {
+
+/// From gradients of rows y = factor * x of length 1 those of x.
+void through_lengths(std::vector<double>& gradient, const std::vector<double>& unit,
+                     const std::vector<double>& factors) {
+  const std::size_t width = factors.empty() ? 0 : gradient.size() / factors.size();
+  for (std::size_t row = 0; row < factors.size(); ++row) {
+    double along = 0;
+    for (std::size_t d = row * width; d < (row + 1) * width; ++d) along += unit[d] * gradient[d];
+    for (std::size_t d = row * width; d < (row + 1) * width; ++d) {
+      gradient[d] = factors[row] * (gradient[d] - unit[d] * along);
+    }
+  }
+}
+
+}  // namespace
+
 void run_reference_backward(const RecurrentProblem& problem, const std::vector<HeadJob>& jobs,
                             const std::vector<HeadGradients>& gradients, int threads) {
   parallel_for(static_cast<std::int64_t>(jobs.size()), threads, [&](std::int64_t i, int) {
@@ -205,7 +222,14 @@ void run_reference_backward(const RecurrentProblem& problem, const std::vector<H
     }
     std::vector<double> d_state(head.state.size(), 0.0);
     if (out.final_state != nullptr) std::copy_n(out.final_state, d_state.size(), d_state.begin());
-    const ReferenceGradients result = reference_backward(head, d_o, d_state);
+    ReferenceGradients result = reference_backward(head, d_o, d_state);
+    if (problem.normalise) {
+      RecurrentProblem raw = problem;
+      raw.normalise = false;
+      ReferenceHead lengths = reference_head(raw, job, nullptr);
+      through_lengths(result.q, head.q, normalise_rows(lengths.q, problem.head_dim));
+      through_lengths(result.k, head.k, normalise_rows(lengths.k, problem.head_dim));
+    }
     const auto narrow = [&](const std::vector<double>& values, std::int64_t skip, std::int64_t width,
                             const OutputRows& rows) {
       if (rows.data == nullptr) return;
@@ -241,7 +265,11 @@ void run_recurrent_backward(const RecurrentProblem& problem, const RecurrentInpu
   const GradientTarget q(gradients.q, problem.heads);
   const GradientTarget k(gradients.k, problem.heads);
   const GradientTarget v(gradients.v, problem.heads);
+  const GradientTarget decay(gradients.decay, problem.heads);
+  const GradientTarget beta(gradients.beta, problem.heads);
   RecurrentGradients targets = gradients;
+  targets.decay = decay.view();
+  targets.beta = beta.view();
   targets.q = q.view();
   targets.k = k.view();
   targets.v = v.view();
@@ -266,7 +294,7 @@ void run_recurrent_backward(const RecurrentProblem& problem, const RecurrentInpu
       check_decays(problem, inputs.decay);
     }
   }
-  for (const GradientTarget* target : {&q, &k, &v}) target->finish(team);
+  for (const GradientTarget* target : {&q, &k, &v, &decay, &beta}) target->finish(team);
 }
 
 }  // namespace tessera

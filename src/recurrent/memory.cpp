@@ -52,6 +52,7 @@ ChunkShape chunk_shape(const RecurrentProblem& problem, const RecurrentInputs& i
   shape.chunk = options.chunk;
   shape.scale = problem.scale.value_or(1.0F / std::sqrt(static_cast<float>(problem.head_dim)));
   shape.delta = inputs.beta.data != nullptr;
+  shape.normalise = problem.normalise;
   shape.product_on_diagonal = options.product_on_diagonal;
   if (inputs.decay.data != nullptr) {
     shape.decay = inputs.decay.dim() == 1 ? DecayKind::scalar : DecayKind::channel;
@@ -72,6 +73,8 @@ void place(const ChunkShape& shape, bool for_gradient, Arena& arena, Chunk& chun
   chunk.overlap = arena.take(pairs);
   chunk.inverse = arena.take(pairs);
   chunk.beta = arena.take(shape.chunk);
+  chunk.q_length = arena.take(shape.chunk);
+  chunk.k_length = arena.take(shape.chunk);
   chunk.factor = arena.take(keys);
   chunk.pair_decay = arena.take(pairs);
   chunk.start = arena.take(for_gradient ? keys : 0);
@@ -133,14 +136,20 @@ void store_state(const ChunkShape& shape, const float* state, float* out) {
 
 void check_tensors(const RecurrentProblem& problem, const RecurrentInputs& inputs) {
   const std::int64_t batch = problem.variable_length() ? 1 : problem.batch;
+  // Heads that divide those of the states are shared; for others the message names what is expected.
+  const auto shared_heads = [&](const TensorView& gate) {
+    return gate.heads() > 0 && problem.heads % gate.heads() == 0 ? gate.heads() : problem.heads;
+  };
   check_tensor(inputs.q, "q", {batch, problem.q_heads, problem.q_len, problem.head_dim});
   check_tensor(inputs.k, "k", {batch, problem.k_heads, problem.kv_len, problem.head_dim});
   check_tensor(inputs.v, "v", {batch, problem.v_heads, problem.kv_len, problem.value_dim});
   if (inputs.decay.data != nullptr) {
     const std::int64_t dim = inputs.decay.dim() == 1 ? 1 : problem.head_dim;
-    check_tensor(inputs.decay, "decay", {batch, problem.heads, problem.kv_len, dim});
+    check_tensor(inputs.decay, "decay", {batch, shared_heads(inputs.decay), problem.kv_len, dim});
   }
-  if (inputs.beta.data != nullptr) check_tensor(inputs.beta, "beta", {batch, problem.heads, problem.kv_len, 1});
+  if (inputs.beta.data != nullptr) {
+    check_tensor(inputs.beta, "beta", {batch, shared_heads(inputs.beta), problem.kv_len, 1});
+  }
 }
 
 void check_output(const RecurrentProblem& problem, const TensorView& o, std::string_view name) {
@@ -157,7 +166,7 @@ void check_decays(const RecurrentProblem& problem, const TensorView& decay) {
   if (decay.data == nullptr) return;
   for (std::int64_t s = 0; s < problem.batch; ++s) {
     const SequenceRange range = range_of(problem, s);
-    for (std::int64_t h = 0; h < problem.heads; ++h) {
+    for (std::int64_t h = 0; h < decay.heads(); ++h) {
       for (std::int64_t t = 0; t < range.tokens; ++t) {
         const std::byte* row = decay.row(range.tensor_batch, h, range.first_token + t);
         for (std::int64_t d = 0; d < decay.dim(); ++d) {
@@ -229,6 +238,17 @@ std::vector<HeadJob> jobs_of(const RecurrentProblem& problem, const RecurrentInp
   return jobs;
 }
 
+std::vector<double> normalise_rows(std::vector<double>& rows, std::int64_t width) {
+  std::vector<double> factors;
+  for (std::size_t row = 0; row < rows.size(); row += static_cast<std::size_t>(width)) {
+    double squares = kLengthEpsilon;
+    for (std::int64_t d = 0; d < width; ++d) squares += rows[row + d] * rows[row + d];
+    factors.push_back(1 / std::sqrt(squares));
+    for (std::int64_t d = 0; d < width; ++d) rows[row + d] *= factors.back();
+  }
+  return factors;
+}
+
 ReferenceHead reference_head(const RecurrentProblem& problem, const HeadJob& job, const float* initial_state) {
   ReferenceHead head;
   head.tokens = job.tokens;
@@ -249,6 +269,10 @@ ReferenceHead reference_head(const RecurrentProblem& problem, const HeadJob& job
   head.v = widen(job.v, job.tokens, head.value_dim);
   if (job.decay.data != nullptr) head.decay = widen(job.decay, job.tokens, job.decay_width);
   if (job.beta.data != nullptr) head.beta = widen(job.beta, job.tokens, 1);
+  if (problem.normalise) {
+    normalise_rows(head.q, head.head_dim);
+    normalise_rows(head.k, head.head_dim);
+  }
   head.state.assign(static_cast<std::size_t>(head.head_dim * head.value_dim), 0.0);
   if (initial_state != nullptr) std::copy_n(initial_state, head.state.size(), head.state.begin());
   return head;

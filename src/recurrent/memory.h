@@ -78,6 +78,8 @@ std::vector<HeadJob> jobs_of(const RecurrentProblem& problem, const RecurrentInp
 /// Indices of the jobs, most tokens first.
 std::vector<std::int64_t> longest_first(const std::vector<HeadJob>& jobs);
 
+/// Divides each row by sqrt(squared length + kLengthEpsilon); returns the factors.
+std::vector<double> normalise_rows(std::vector<double>& rows, std::int64_t width);
 /// A job in float64; tokens without a query have zeros.
 ReferenceHead reference_head(const RecurrentProblem& problem, const HeadJob& job, const float* initial_state);
 /// Form `reference` of the two public functions.

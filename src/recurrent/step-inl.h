@@ -47,11 +47,14 @@ struct TokenRows {
 
 inline void load_token(const ChunkShape& shape, const HeadJob& job, std::int64_t t, TokenRows& rows) {
   if (t >= job.first_query()) {
-    load_row(job.q.row(t - job.first_query()), job.q.dtype, shape.head_dim, shape.key_columns, shape.scale, rows.q);
+    load_row(job.q.row(t - job.first_query()), job.q.dtype, shape.head_dim, shape.key_columns,
+             shape.normalise ? 1.0F : shape.scale, rows.q);
+    if (shape.normalise) normalise_row(rows.q, shape.key_columns, shape.scale);
   } else {
     fill_zero(rows.q, shape.key_columns);
   }
   load_row(job.k.row(t), job.k.dtype, shape.head_dim, shape.key_columns, 1.0F, rows.k);
+  if (shape.normalise) normalise_row(rows.k, shape.key_columns, 1.0F);
   rows.beta = shape.delta ? load_as_float(job.beta.row(t), job.beta.dtype, 0) : 1.0F;
   if (shape.decay == DecayKind::channel) {
     load_row(job.decay.row(t), job.decay.dtype, shape.head_dim, shape.key_columns, 1.0F, rows.factor);

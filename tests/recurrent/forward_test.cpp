@@ -139,6 +139,36 @@ TEST(Recurrent, GroupedHeadsAreRepeatedHeads) {
   EXPECT_EQ(grouped.run({}).o.numbers(), repeated.run({}).o.numbers());
 }
 
+TEST(Recurrent, NormalisesQueriesAndKeys) {
+  for (const RecurrentShape& shape : with_rules({.heads = 2, .head_dim = 20, .tokens = 70, .normalise = true})) {
+    const RecurrentCase input(shape);
+    const RecurrentAnswer expected = input.run(kReference);
+    for (const RecurrentForm form : {RecurrentForm::chunked, RecurrentForm::stepwise}) {
+      expect_same(input.run({.form = form}), expected, kTolerance, name_of_case(shape));
+    }
+    RecurrentCase longer = input;
+    longer.k.fill([&, i = std::int64_t{0}]() mutable {
+      const float x = input.k.get(0, i / 1400, i % 1400 / 20, i % 20);
+      ++i;
+      return 3 * x;
+    });
+    expect_same(longer.run({}), expected, 1e-4, "keys three times as long");
+  }
+}
+
+TEST(Recurrent, DecaysAndBetasMayBeShared) {
+  RecurrentCase shared({.heads = 4, .tokens = 50, .decay = Decay::channel, .delta = true});
+  RecurrentCase repeated = shared;
+  for (std::int64_t h = 0; h < 4; ++h) {
+    for (std::int64_t n = 0; n < 50; ++n) {
+      repeated.beta.set(0, h, n, 0, shared.beta.get(0, h / 2, n, 0));
+      for (std::int64_t d = 0; d < 16; ++d) repeated.decay.set(0, h, n, d, shared.decay.get(0, h / 2, n, d));
+    }
+  }
+  shared.inputs.decay.shape[1] = shared.inputs.beta.shape[1] = 2;
+  EXPECT_EQ(shared.run({}).o.numbers(), repeated.run({}).o.numbers());
+}
+
 TEST(Recurrent, ReadsAndWritesHalfPrecision) {
   for (const DType dtype : {DType::bf16, DType::f16}) {
     for (const RecurrentShape& shape :

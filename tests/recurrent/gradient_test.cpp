@@ -175,6 +175,30 @@ TEST(RecurrentGradient, BatchesGroupsAndVariableLengths) {
   expect_reference({.heads = 2, .lengths = {130, 0, 1, 70}, .query_lengths = {2, 0, 1, 66}});
 }
 
+TEST(RecurrentGradient, NormalisedQueriesAndKeys) {
+  expect_reference({.heads = 2, .head_dim = 20, .tokens = 70, .normalise = true});
+  // The reference itself: moving x along x changes nothing but for epsilon.
+  const RecurrentCase input({.tokens = 20, .decay = Decay::channel, .delta = true, .normalise = true});
+  const OwnGradients gradients = Backward(input).run({.form = RecurrentForm::reference});
+  for (std::int64_t n = 0; n < 20; ++n) {
+    double along = 0;
+    double size = 0;
+    for (std::int64_t d = 0; d < 16; ++d) {
+      along += gradients.k.get(0, 0, n, d) * input.k.get(0, 0, n, d);
+      size += std::abs(gradients.k.get(0, 0, n, d) * input.k.get(0, 0, n, d));
+    }
+    EXPECT_NEAR(along, 0, 1e-5 * size) << n;
+    EXPECT_GT(size, 0) << n;
+  }
+}
+
+TEST(RecurrentGradient, SharedDecaysAndBetasSum) {
+  RecurrentCase input({.heads = 4, .tokens = 50, .decay = Decay::channel, .delta = true});
+  input.inputs.decay.shape[1] = input.inputs.beta.shape[1] = 2;
+  const Backward backward(input);
+  expect_same(backward.run({}), backward.run({.form = RecurrentForm::reference}), kTolerance, "shared");
+}
+
 TEST(RecurrentGradient, StrongDecays) {
   for (const float scale : {5.0F, 60.0F}) expect_reference({.tokens = 100, .decay_scale = scale});
 }

@@ -28,6 +28,7 @@ struct RecurrentShape {
   std::int64_t queries = -1;  ///< -1: tokens
   Decay decay = Decay::none;
   bool delta = false;
+  bool normalise = false;    ///< keys then have other lengths than 1
   float decay_scale = 0.5F;  ///< log decays lie between 0 and minus this
   DType dtype = DType::f32;
   std::vector<std::int64_t> lengths = {};  ///< of a variable-length batch
@@ -50,7 +51,7 @@ struct OwnTensor {
     store_from_float(view.row(b, h, n), view.dtype, d, x);
   }
   template <class Draw>
-  void fill(const Draw& draw) {
+  void fill(Draw&& draw) {
     for (std::int64_t b = 0; b < view.shape[0]; ++b) {
       for (std::int64_t h = 0; h < view.shape[1]; ++h) {
         for (std::int64_t n = 0; n < view.shape[2]; ++n) {
@@ -124,7 +125,8 @@ class RecurrentCase {
     v.allocate({batch, problem.v_heads, problem.kv_len, problem.value_dim}, shape.dtype);
     q.fill([&] { return normal(random_); });
     k.fill([&] { return normal(random_); });
-    normalise_keys();
+    if (!shape.normalise) normalise_keys();
+    problem.normalise = shape.normalise;
     v.fill([&] { return normal(random_); });
     inputs.q = q.view;
     inputs.k = k.view;
