@@ -26,7 +26,13 @@ struct Gated {
             .paper =
                 "Gated Attention for Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free, "
                 "arXiv:2505.06708",
-            .phases = {.prefill = true, .decode = true}};
+            .phases = {.prefill = true, .decode = true},
+            .side = {
+                {.name = "gate",
+                 .axes = {SideAxis::batch, SideAxis::q_heads, SideAxis::tokens, SideAxis::value_dim},
+                 .minimum = -4,
+                 .maximum = 4,
+                 .description = "gate logits of the call's queries, per value column or, with last axis 1, per head"}}};
   }
 
   explicit Gated(Params given) : params(std::move(given)), inner(make_inner(params.inner)) {}
