@@ -54,7 +54,7 @@ void PlanRow::visible_run(const QueryTiles& geometry, std::int64_t tile, std::in
 
 void PlanRow::selected_tiles(const QueryTiles& geometry, std::int64_t tile, std::span<const std::int32_t> selected) {
   const std::int64_t common = geometry.common_keys(tile);
-  const std::int64_t whole = common >= geometry.visible_keys(tile) ? geometry.key_tiles() : common / geometry.tile_k;
+  const std::int64_t whole = common >= geometry.keys ? geometry.key_tiles() : common / geometry.tile_k;
   for (std::size_t i = 0; i < selected.size();) {
     std::size_t end = i + 1;
     while (end < selected.size() && selected[end] == selected[end - 1] + 1) ++end;
