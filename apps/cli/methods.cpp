@@ -38,8 +38,9 @@ nlohmann::ordered_json to_json(const ParameterInfo& parameter) {
 nlohmann::ordered_json to_json(const MethodEntry& entry) {
   nlohmann::ordered_json parameters = nlohmann::ordered_json::array();
   for (const ParameterInfo& parameter : entry.parameters) parameters.push_back(to_json(parameter));
-  return {{"name", entry.info.name},   {"family", entry.info.family},           {"summary", entry.info.summary},
-          {"paper", entry.info.paper}, {"phases", names_of(entry.info.phases)}, {"parameters", parameters}};
+  return {{"name", entry.info.name},          {"family", entry.info.family},           {"summary", entry.info.summary},
+          {"paper", entry.info.paper},        {"phases", names_of(entry.info.phases)}, {"parameters", parameters},
+          {"own_cache", entry.info.own_cache}};
 }
 
 std::string range_of(const ParameterInfo& parameter) {
@@ -51,8 +52,8 @@ std::string range_of(const ParameterInfo& parameter) {
 }
 
 void print_method(const MethodEntry& entry) {
-  fmt::print("{} ({}; {})\n  {}\n", entry.info.name, entry.info.family, fmt::join(names_of(entry.info.phases), ", "),
-             entry.info.summary);
+  fmt::print("{} ({}; {}{})\n  {}\n", entry.info.name, entry.info.family, fmt::join(names_of(entry.info.phases), ", "),
+             entry.info.own_cache ? "; own cache" : "", entry.info.summary);
   if (!entry.info.paper.empty()) fmt::print("  {}\n", entry.info.paper);
   for (const ParameterInfo& parameter : entry.parameters) {
     fmt::print("  {}={} ({})\n      {}\n", parameter.name, parameter.default_value, range_of(parameter),
@@ -81,8 +82,9 @@ void run_methods(const Options& options) {
     return;
   }
   for (const MethodEntry& entry : methods()) {
-    fmt::print("{:<16}{:<12}{:<18}{}\n", entry.info.name, entry.info.family,
-               fmt::format("{}", fmt::join(names_of(entry.info.phases), ",")), entry.info.summary);
+    fmt::print("{:<16}{:<12}{:<24}{}\n", entry.info.name, entry.info.family,
+               fmt::format("{}{}", fmt::join(names_of(entry.info.phases), ","), entry.info.own_cache ? ",cache" : ""),
+               entry.info.summary);
   }
 }
 

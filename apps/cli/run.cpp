@@ -131,7 +131,8 @@ double per_second(std::int64_t count, double milliseconds) {
   return static_cast<double>(count) * 1000 / milliseconds;
 }
 
-nlohmann::ordered_json report_of(const Generation& generation, const SessionStatistics& statistics) {
+nlohmann::ordered_json report_of(const Generation& generation, const Session& session) {
+  const SessionStatistics& statistics = session.statistics();
   return {{"text", generation.text},
           {"tokens", generation.tokens},
           {"prompt_tokens", statistics.prefill_tokens},
@@ -140,6 +141,9 @@ nlohmann::ordered_json report_of(const Generation& generation, const SessionStat
           {"attention_ms", statistics.attention_ms},
           {"decode_tokens_per_s", per_second(statistics.decode_tokens, statistics.decode_ms)},
           {"density", statistics.density()},
+          {"cache_mb", static_cast<double>(session.cache_bytes()) / 1e6},
+          {"cache_peak_mb", static_cast<double>(statistics.cache_peak_bytes) / 1e6},
+          {"cache_tokens_kept", session.cache_tokens_kept()},
           {"peak_rss_mb", peak_memory_mb()},
           {"bits_per_byte", generation.bits_per_byte.value_or(std::numeric_limits<double>::quiet_NaN())}};
 }
@@ -149,8 +153,9 @@ void print_summary(const Generation& generation, const Session& session) {
   fmt::print(stderr, "prompt {} tokens in {:.0f} ms ({:.0f} tokens/s), density {:.4f}; ", s.prefill_tokens,
              s.prefill_ms, per_second(s.prefill_tokens, s.prefill_ms), s.density());
   if (s.decode_tokens > 0) fmt::print(stderr, "decode {:.1f} tokens/s; ", per_second(s.decode_tokens, s.decode_ms));
-  fmt::print(stderr, "attention {:.0f} ms; cache {:.1f} MB, peak memory {:.0f} MB", s.attention_ms,
-             static_cast<double>(session.cache_bytes()) / 1e6, peak_memory_mb());
+  fmt::print(stderr, "attention {:.0f} ms; cache {:.1f} MB ({:.0f} tokens), at most {:.1f} MB; peak memory {:.0f} MB",
+             s.attention_ms, static_cast<double>(session.cache_bytes()) / 1e6, session.cache_tokens_kept(),
+             static_cast<double>(s.cache_peak_bytes) / 1e6, peak_memory_mb());
   if (generation.bits_per_byte) fmt::print(stderr, "; prompt {:.4f} bits per byte", *generation.bits_per_byte);
   fmt::print(stderr, "\n");
 }
@@ -197,7 +202,7 @@ void run_run(const Options& options) {
   progress.finish();
   if (logits) logits->write(options.logits_out);
   if (options.json) {
-    print_json(report_of(generation, session.statistics()));
+    print_json(report_of(generation, session));
   } else {
     fmt::print("\n");
     print_summary(generation, session);
@@ -216,7 +221,7 @@ void add_run(CLI::App& app) {
   command->add_option("--prompt", options->prompt, "File with the prompt, or - for standard input")->required();
   command->add_option("--method", options->method, "Prefill method, and decode method if it supports that: SPEC")
       ->capture_default_str();
-  command->add_option("--decode-method", options->decode_method, "Decode method: SPEC");
+  command->add_option("--decode-method", options->decode_method, "Decode method, which owns the cache: SPEC");
   command->add_option("-n,--tokens", options->tokens, "Tokens to generate at most")->capture_default_str();
   command->add_option("--temperature", options->sampling.temperature, "0: always the most likely token")
       ->capture_default_str();

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "tessera/attention.h"
+#include "tessera/cache.h"
 #include "tessera/core.h"
 #include "tessera/plan.h"
 
@@ -59,6 +60,7 @@ struct MethodInfo {
   Phases phases;
   std::vector<SideInputInfo> side = {};  ///< what AttentionInputs::side may or must hold
   bool has_plan = true;                  ///< false: a recurrence; plan() throws and attend() executes no plan
+  bool own_cache = false;  ///< keeps keys and values its own way (Method::new_cache); filled in by the registry
 };
 
 /// State that lives across calls (earlier plans, histories). Owned by the caller, keyed by sequence, layer and head
@@ -66,6 +68,8 @@ struct MethodInfo {
 class MethodState {
  public:
   virtual ~MethodState() = default;
+  /// Bytes held beside the cache.
+  virtual std::size_t memory_bytes() const { return 0; }
 };
 
 /// Where in a model the call happens.
@@ -91,6 +95,10 @@ class Method {
   virtual RunReport attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
                            const PlanContext& context, Plan* executed = nullptr) const;
   virtual std::unique_ptr<MethodState> new_state() const { return nullptr; }
+  /// The cache of one layer (context.layer of context.layers) of one sequence; null: every token in pages.
+  virtual std::unique_ptr<LayerCache> new_cache(const LayerCacheShape& shape, const PlanContext& context) const;
+  /// Throws Error when the method was configured for another model: number of layers or of heads.
+  virtual void check_model(std::int64_t layers, std::int64_t q_heads, std::int64_t kv_heads) const;
 };
 
 /// One row of the registry.
@@ -105,8 +113,10 @@ struct MethodEntry {
 std::span<const MethodEntry> methods();
 /// Throws Error that suggests the nearest name.
 const MethodEntry& find_method(std::string_view name);
-/// SPEC is `name`, `name:key=value,key=value` or the path of a JSON file {"method": name, "parameters": {...}}. Unknown
-/// keys and values out of range throw Error with the nearest name or the range.
+/// SPEC is `name`, `name:key=value,key=value` or the path of a JSON file: {"method": name, "parameters": {...}}, or per
+/// layer {"layers": [{"layers": "0-1", "method": name, "parameters": {...}}, {"layers": "2-", ...}]}, where ranges are
+/// inclusive, an open one reaches to the last layer, and every layer of the model is covered once. Unknown keys and
+/// values out of range throw Error with the nearest name or the range.
 std::unique_ptr<const Method> make_method(std::string_view spec);
 /// Reference of all methods in Markdown, written from their declarations.
 std::string methods_markdown();

@@ -67,7 +67,7 @@ class Model {
 /// How a session runs.
 struct SessionOptions {
   std::shared_ptr<const Method> prefill = {};  ///< null: dense
-  std::shared_ptr<const Method> decode = {};   ///< null: `prefill` if it supports decoding, else dense
+  std::shared_ptr<const Method> decode = {};   ///< null: `prefill` if it supports decoding, else dense; owns the cache
   DType kv_dtype = DType::f32;
   std::int64_t page_size = 64;
   /// Tokens per prefill chunk; 0: the whole prompt at once; absent: the whole prompt while its activations fit in
@@ -96,6 +96,7 @@ struct SessionStatistics {
   std::int64_t decode_tokens = 0;
   double planned_pairs = 0;  ///< of prefill, over all layers and query heads
   double allowed_pairs = 0;
+  std::size_t cache_peak_bytes = 0;  ///< most that the cache held at once
   /// Share of the allowed pairs that prefill computed.
   double density() const { return allowed_pairs > 0 ? planned_pairs / allowed_pairs : 0; }
 };
@@ -111,9 +112,10 @@ class Session {
 
   const Model& model() const;
   const SessionStatistics& statistics() const;
-  std::int64_t tokens() const;    ///< in the cache
-  std::int64_t capacity() const;  ///< longest sequence
-  std::size_t cache_bytes() const;
+  std::int64_t tokens() const;       ///< of the sequence, whether or not the cache still holds them
+  std::int64_t capacity() const;     ///< longest sequence
+  std::size_t cache_bytes() const;   ///< held for keys, values and what methods note about them
+  double cache_tokens_kept() const;  ///< tokens that the cache holds, mean over layers and kv heads
 
   struct PrefillObserver {
     /// Logits [rows][vocab_size] of prompt positions [first, first + rows); asked for only if set, in slices.
@@ -122,7 +124,8 @@ class Session {
     std::function<void(double done, std::int64_t total)> on_progress = {};
   };
   /// Appends tokens and returns the logits [vocab_size] after the last one. Throws Error for ids outside the
-  /// vocabulary and beyond the capacity; the session then holds what it held before the failing chunk.
+  /// vocabulary and beyond the capacity; the session then holds what it held before the failing chunk, or nothing if
+  /// a cache had begun to evict. The cache of the decode method compresses a layer once the last chunk has passed it.
   std::span<const float> prefill(std::span<const std::int32_t> tokens);
   std::span<const float> prefill(std::span<const std::int32_t> tokens, const PrefillObserver& observer);
   /// Appends one token with the decode method.

@@ -25,7 +25,10 @@ std::string methods_markdown() {
   std::string text =
       "# Methods\n\n"
       "Written by `tessera methods --markdown` from the declarations in `src/methods/`. A method is named as `name`, "
-      "`name:key=value,key=value`, or by a JSON file `{\"method\": name, \"parameters\": {...}}`.\n";
+      "`name:key=value,key=value`, or by a JSON file: `{\"method\": name, \"parameters\": {...}}`, or per layer "
+      "`{\"layers\": [{\"layers\": \"0-1\", \"method\": name, \"parameters\": {...}}, {\"layers\": \"2-\", \"method\": "
+      "name}]}`, "
+      "with inclusive ranges that cover every layer once.\n";
   std::string_view family;
   for (const MethodEntry& entry : methods()) {
     if (entry.info.family != family) {
@@ -34,7 +37,8 @@ std::string methods_markdown() {
     }
     text += fmt::format("\n### {}\n\n{}.\n\n", entry.info.name, entry.info.summary);
     if (!entry.info.paper.empty()) text += fmt::format("Source: {}. ", entry.info.paper);
-    text += fmt::format("Phases: {}.\n", phases_of(entry.info.phases));
+    text += fmt::format("Phases: {}.{}\n", phases_of(entry.info.phases),
+                        entry.info.own_cache ? " Keeps keys and values its own way." : "");
     if (entry.parameters.empty()) continue;
     text += "\n| parameter | type | default | values | meaning |\n|---|---|---|---|---|\n";
     for (const ParameterInfo& parameter : entry.parameters) {

@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "io/json.h"
+#include "methods/layered.h"
 
 namespace tessera {
 
@@ -57,19 +58,24 @@ std::unique_ptr<const Method> from_pairs(const MethodEntry& entry, std::string_v
 
 std::unique_ptr<const Method> from_file(const std::string& name) {
   const Json object = parse_json_file(name);
+  if (object.is_object() && object.contains("layers")) return make_layered_method(object, name);
+  return make_method_of(object, fmt::format("method file '{}'", name));
+}
+
+}  // namespace
+
+std::unique_ptr<const Method> make_method_of(const Json& object, std::string_view where) {
   require(object.is_object() && object.contains("method") && object["method"].is_string(),
-          "method file '{}' is not a JSON object {{\"method\": name, \"parameters\": {{...}}}}", name);
+          "{} is not a JSON object {{\"method\": name, \"parameters\": {{...}}}}", where);
   const std::vector<std::string> known{"method", "parameters"};
   for (const auto& [key, value] : object.items()) {
-    require(std::find(known.begin(), known.end(), key) != known.end(),
-            "method file '{}': unknown key '{}'; expected {}", name, key, fmt::join(known, " and "));
+    require(std::find(known.begin(), known.end(), key) != known.end(), "{}: unknown key '{}'; expected {}", where, key,
+            fmt::join(known, " and "));
   }
   const MethodEntry& entry = find_method(object["method"].get<std::string>());
   const Json parameters = object.value("parameters", Json::object());
   return entry.make(parameters.dump());
 }
-
-}  // namespace
 
 std::span<const MethodEntry> methods() {
   static const std::vector<MethodEntry> entries = collect();
@@ -120,6 +126,12 @@ std::array<std::int64_t, 4> side_shape(const SideInputInfo& side, const Problem&
   }
   return shape;
 }
+
+std::unique_ptr<LayerCache> Method::new_cache(const LayerCacheShape&, const PlanContext&) const {
+  return nullptr;
+}
+
+void Method::check_model(std::int64_t, std::int64_t, std::int64_t) const {}
 
 RunReport Method::attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
                          const PlanContext& context, Plan* executed) const {

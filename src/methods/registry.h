@@ -9,6 +9,8 @@
 //   static constexpr bool reads_inputs = false;   patterns: plan() looks at neither q nor k
 //   RunReport attend(...) const;                  methods with branches or corrections
 //   std::unique_ptr<MethodState> new_state() const;
+//   std::unique_ptr<LayerCache> new_cache(const LayerCacheShape&, const PlanContext&) const;  methods that evict
+//   void check_model(layers, q_heads, kv_heads) const;   methods whose configuration fits one model only
 // and its file src/methods/<family>/<stem>.cpp ends with TESSERA_METHOD(stem, Type). The build lists the files, so
 // nothing else is touched.
 #pragma once
@@ -27,11 +29,17 @@ concept HasPlan = requires {
   &Type::plan;
 };
 
+template <class Type>
+concept OwnsCache = requires(const Type& method, const LayerCacheShape& shape, const PlanContext& context) {
+  method.new_cache(shape, context);
+};
+
 /// info() of a type, with what follows from the type itself.
 template <class Type>
 MethodInfo info_of() {
   MethodInfo info = Type::info();
   info.has_plan = HasPlan<Type>;
+  info.own_cache = OwnsCache<Type>;
   return info;
 }
 
@@ -72,6 +80,20 @@ class BoundMethod final : public Method {
       return method_.new_state();
     } else {
       return nullptr;
+    }
+  }
+
+  std::unique_ptr<LayerCache> new_cache(const LayerCacheShape& shape, const PlanContext& context) const override {
+    if constexpr (OwnsCache<Type>) {
+      return method_.new_cache(shape, context);
+    } else {
+      return Method::new_cache(shape, context);
+    }
+  }
+
+  void check_model(std::int64_t layers, std::int64_t q_heads, std::int64_t kv_heads) const override {
+    if constexpr (requires { method_.check_model(layers, q_heads, kv_heads); }) {
+      method_.check_model(layers, q_heads, kv_heads);
     }
   }
 

@@ -28,11 +28,15 @@ void choose_methods(SessionOptions& options) {
   const MethodInfo& decode = options.decode->info();
   require(decode.phases.decode, "method '{}' does not support decode; expected one that does, or none for dense",
           decode.name);
+  // The same method given twice is one: it shares its state, and its cache may evict while the prompt comes in.
+  if (decode.name == prefill.name && options.decode->parameters() == options.prefill->parameters()) {
+    options.decode = options.prefill;
+  }
 }
 
-PagedCacheShape cache_shape(const ModelConfig& config, const SessionOptions& options) {
+LayerCacheShape cache_shape(const ModelConfig& config, const SessionOptions& options) {
   require(options.capacity >= 0, "capacity is {}; expected 0 (the model's limit) or more", options.capacity);
-  return {.layers = config.layers,
+  return {.q_heads = config.q_heads,
           .kv_heads = config.kv_heads,
           .head_dim = config.head_dim,
           .value_dim = config.head_dim,
@@ -49,17 +53,41 @@ class Session::Implementation {
       : model_(model),
         options_(std::move(options)),
         decoder_(model.config(), model.parts().weights),
-        cache_(cache_shape(model.config(), options_)) {
+        shape_(cache_shape(model.config(), options_)) {
     choose_methods(options_);
     require(!options_.chunk || *options_.chunk >= 0, "chunk is {}; expected 0 (whole prompt) or more",
             options_.chunk.value_or(0));
     if (options_.run.workspace == nullptr) options_.run.workspace = &workspace_;
+    shape_.own_prompt = options_.prefill == options_.decode;
+    const ModelConfig& config = model.config();
+    for (const Method* method : {options_.prefill.get(), options_.decode.get()}) {
+      method->check_model(config.layers, config.q_heads, config.kv_heads);
+    }
+    for (std::int64_t layer = 0; layer < config.layers; ++layer) {
+      const PlanContext context{.layer = layer, .layers = config.layers, .state = nullptr, .run = options_.run};
+      std::unique_ptr<LayerCache> cache = options_.decode->new_cache(shape_, context);
+      caches_.push_back(cache ? std::move(cache) : make_paged_cache(shape_));
+    }
     new_states();
   }
 
   const Model& model() const { return model_; }
-  const PagedCache& cache() const { return cache_; }
+  std::int64_t tokens() const { return tokens_; }
+  std::int64_t capacity() const { return shape_.capacity; }
   const SessionStatistics& statistics() const { return statistics_; }
+
+  std::size_t cache_bytes() const {
+    std::size_t bytes = 0;
+    for (const auto& cache : caches_) bytes += cache->memory_bytes();
+    for (const auto& state : {prefill_state_.get(), decode_state_.get()}) bytes += state ? state->memory_bytes() : 0;
+    return bytes;
+  }
+
+  double cache_tokens_kept() const {
+    double rows = 0;
+    for (const auto& cache : caches_) rows += static_cast<double>(cache->rows_kept());
+    return rows / static_cast<double>(model_.config().layers * model_.config().kv_heads);
+  }
 
   std::span<const float> prefill(std::span<const std::int32_t> tokens, const PrefillObserver& observer) {
     check(tokens);
@@ -67,11 +95,19 @@ class Session::Implementation {
     observation_ms_ = 0;
     const auto total = static_cast<std::int64_t>(tokens.size());
     const std::int64_t chunk = chunk_length(total);
-    const std::int64_t before = cache_.tokens();
+    const std::int64_t before = tokens_;
     for (std::int64_t first = 0; first < total; first += chunk) {
       const std::int64_t rows = std::min(chunk, total - first);
-      model::AttentionCall call{options_.prefill.get(), prefill_state_.get(), options_.run, {}, {}};
-      call.on_plan = [&](std::int64_t layer, const Plan& plan) { count(layer, plan); };
+      model::AttentionCall call;
+      call.method = options_.prefill.get();
+      call.state = prefill_state_.get();
+      call.run = options_.run;
+      call.prompt = true;
+      call.prompt_ends = first + rows == total;
+      call.on_plan = [&](std::int64_t layer, const Plan& plan) {
+        note_peak();  // before the layer's cache may compress
+        count(layer, plan, rows);
+      };
       call.after_layer = [&](std::int64_t done) {
         check_cancelled();
         if (!observer.on_progress) return;
@@ -79,8 +115,7 @@ class Session::Implementation {
         observer.on_progress(static_cast<double>(first) + static_cast<double>(rows) * share, total);
       };
       const auto hidden =
-          decoder_.forward(tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(rows)), cache_,
-                           call, statistics_.attention_ms);
+          forward(tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(rows)), call);
       if (observer.on_logits) {
         give_logits(hidden, before + first, observer);
       } else if (first + rows == total) {
@@ -100,8 +135,12 @@ class Session::Implementation {
     check_cancelled();
     const auto start = std::chrono::steady_clock::now();
     MethodState* state = options_.decode == options_.prefill ? prefill_state_.get() : decode_state_.get();
-    const model::AttentionCall call{options_.decode.get(), state, options_.run, {}, {}};
-    const auto hidden = decoder_.forward(tokens, cache_, call, statistics_.attention_ms);
+    model::AttentionCall call;
+    call.method = options_.decode.get();
+    call.state = state;
+    call.run = options_.run;
+    const auto hidden = forward(tokens, call);
+    note_peak();
     decoder_.head(hidden, logits_, options_.run.threads);
     statistics_.decode_tokens += 1;
     statistics_.decode_ms += milliseconds_since(start);
@@ -109,14 +148,35 @@ class Session::Implementation {
   }
 
   void reset() {
-    cache_.reset();
+    forget();
     decoder_.release();
     statistics_ = {};
     logits_ = {};
-    new_states();
   }
 
  private:
+  /// A pass; when it fails, the tokens of the pass are forgotten, or all where a cache evicted older ones meanwhile.
+  std::span<const float> forward(std::span<const std::int32_t> tokens, const model::AttentionCall& call) {
+    try {
+      const auto hidden = decoder_.forward(tokens, caches_, call, statistics_.attention_ms);
+      tokens_ += static_cast<std::int64_t>(tokens.size());
+      return hidden;
+    } catch (...) {
+      bool undone = true;
+      for (const auto& cache : caches_) undone = cache->truncate(tokens_) && undone;
+      if (!undone) forget();
+      throw;
+    }
+  }
+
+  void forget() {
+    for (const auto& cache : caches_) cache->reset();
+    tokens_ = 0;
+    new_states();
+  }
+
+  void note_peak() { statistics_.cache_peak_bytes = std::max(statistics_.cache_peak_bytes, cache_bytes()); }
+
   void new_states() {
     prefill_state_ = options_.prefill->new_state();
     decode_state_ = options_.decode == options_.prefill ? nullptr : options_.decode->new_state();
@@ -128,9 +188,9 @@ class Session::Implementation {
       require(tokens[i] >= 0 && tokens[i] < model_.config().vocab_size,
               "token {} at place {} is outside the vocabulary of {}", tokens[i], i, model_.config().vocab_size);
     }
-    const std::int64_t length = cache_.tokens() + static_cast<std::int64_t>(tokens.size());
-    require(length <= cache_.shape().capacity, "a sequence of {} tokens exceeds the limit of {} tokens", length,
-            cache_.shape().capacity);
+    const std::int64_t length = tokens_ + static_cast<std::int64_t>(tokens.size());
+    require(length <= shape_.capacity, "a sequence of {} tokens exceeds the limit of {} tokens", length,
+            shape_.capacity);
   }
 
   void check_cancelled() const {
@@ -144,11 +204,14 @@ class Session::Implementation {
     return std::min(total, std::max<std::int64_t>(fitting / 1024 * 1024, 1024));
   }
 
-  void count(std::int64_t layer, const Plan& plan) {
+  void count(std::int64_t layer, const Plan& plan, std::int64_t rows) {
     const auto start = std::chrono::steady_clock::now();
     const PlanStatistics plan_statistics = tessera::statistics(plan);
     statistics_.planned_pairs += static_cast<double>(plan_statistics.planned_pairs);
-    statistics_.allowed_pairs += static_cast<double>(plan_statistics.allowed_pairs);
+    // Of the sequence, not of the plan: a cache that evicted plans over what it kept.
+    const auto queries = static_cast<double>(rows);
+    const double pairs = queries * (static_cast<double>(tokens_) + (queries + 1) / 2);
+    statistics_.allowed_pairs += pairs * static_cast<double>(model_.config().q_heads);
     if (options_.on_plan) options_.on_plan(layer, plan);
     observation_ms_ += milliseconds_since(start);
   }
@@ -180,7 +243,9 @@ class Session::Implementation {
   Workspace workspace_;
   SessionOptions options_;
   model::Decoder decoder_;
-  PagedCache cache_;
+  LayerCacheShape shape_;
+  std::vector<std::unique_ptr<LayerCache>> caches_;  ///< per layer
+  std::int64_t tokens_ = 0;
   std::unique_ptr<MethodState> prefill_state_;
   std::unique_ptr<MethodState> decode_state_;
   std::vector<float> logits_;  ///< the last row is that of the last token
@@ -203,15 +268,19 @@ const SessionStatistics& Session::statistics() const {
 }
 
 std::int64_t Session::tokens() const {
-  return implementation_->cache().tokens();
+  return implementation_->tokens();
 }
 
 std::int64_t Session::capacity() const {
-  return implementation_->cache().shape().capacity;
+  return implementation_->capacity();
 }
 
 std::size_t Session::cache_bytes() const {
-  return implementation_->cache().memory_bytes();
+  return implementation_->cache_bytes();
+}
+
+double Session::cache_tokens_kept() const {
+  return implementation_->cache_tokens_kept();
 }
 
 std::span<const float> Session::prefill(std::span<const std::int32_t> tokens) {

@@ -62,12 +62,15 @@ class MethodsTest(CommandLineTest):
         listed = self.succeed_json("methods")
         self.assertLessEqual(METHODS, {method["name"] for method in listed})
         for method in listed:
-            self.assertEqual(list(method), ["name", "family", "summary", "paper", "phases", "parameters"])
+            self.assertEqual(list(method), ["name", "family", "summary", "paper", "phases", "parameters", "own_cache"])
             self.assertLessEqual(set(method["phases"]), {"prefill", "decode"})
             self.assertTrue(method["phases"])
             for parameter in method["parameters"]:
                 self.assertLessEqual({"name", "type", "default", "description"}, set(parameter))
                 self.assertTrue(parameter["description"])
+        own_cache = {method["name"]: method["own_cache"] for method in listed}
+        self.assertIs(own_cache["snapkv"], True)
+        self.assertIs(own_cache["quest"], False)
         text = self.succeed("methods")
         for name in METHODS:
             self.assertIn(name, text)

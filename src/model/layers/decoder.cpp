@@ -31,17 +31,17 @@ std::int64_t Decoder::bytes_per_token(const ModelConfig& config) {
 void Decoder::release() {
   for (std::vector<float>* buffer :
        {&hidden_, &queries_, &attended_, &normed_, &projected_, &keys_, &values_, &gate_, &up_, &rotations_}) {
-    *buffer = {};
+    std::vector<float>().swap(*buffer);  // assigning {} would keep the memory
   }
 }
 
-std::span<const float> Decoder::forward(std::span<const std::int32_t> tokens, PagedCache& cache,
-                                        const AttentionCall& call, double& attention_ms) {
+std::span<const float> Decoder::forward(std::span<const std::int32_t> tokens,
+                                        std::span<const std::unique_ptr<LayerCache>> caches, const AttentionCall& call,
+                                        double& attention_ms) {
+  assert(static_cast<std::int64_t>(caches.size()) == config_.layers);
   rows_ = static_cast<std::int64_t>(tokens.size());
   const std::int64_t hidden = config_.hidden_size;
-  const std::int64_t position = cache.tokens();
   const int threads = call.run.threads;
-  cache.grow_to(position + rows_);
   size_to(hidden_, rows_ * hidden);
   size_to(queries_, rows_ * config_.q_heads * config_.head_dim);
   size_to(attended_, rows_ * config_.q_heads * config_.head_dim);
@@ -61,17 +61,17 @@ std::span<const float> Decoder::forward(std::span<const std::int32_t> tokens, Pa
   }
   for (std::int64_t i = 0; i < config_.layers; ++i) {
     const LayerWeights& layer = weights_.layers[static_cast<std::size_t>(i)];
-    project_inputs(layer, i, position, cache, threads);
-    attend(i, position, cache, call, attention_ms);
+    LayerCache& cache = *caches[static_cast<std::size_t>(i)];
+    project_inputs(layer, cache, threads);
+    attend(i, cache, call, attention_ms);
     finish_layer(layer, threads);
     if (call.after_layer) call.after_layer(i + 1);
   }
-  cache.set_tokens(position + rows_);
   return {hidden_.data(), static_cast<std::size_t>(rows_ * hidden)};
 }
 
-void Decoder::project_inputs(const LayerWeights& layer, std::int64_t layer_index, std::int64_t position,
-                             PagedCache& cache, int threads) {
+void Decoder::project_inputs(const LayerWeights& layer, LayerCache& cache, int threads) {
+  const std::int64_t position = cache.tokens();
   const std::int64_t hidden = config_.hidden_size;
   const std::int64_t q_width = config_.q_heads * config_.head_dim;
   const std::int64_t kv_width = config_.kv_heads * config_.head_dim;
@@ -93,35 +93,25 @@ void Decoder::project_inputs(const LayerWeights& layer, std::int64_t layer_index
         rope_.rotate(queries + row * q_width, config_.q_heads, table);
         rope_.rotate(keys_.data() + row * kv_width, config_.kv_heads, table);
       }
-      cache.write(layer_index, position + first + begin, end - begin, keys_.data() + begin * kv_width,
-                  values_.data() + begin * kv_width);
     });
+    cache.append(rows, keys_.data(), values_.data(), threads);
   }
 }
 
-void Decoder::attend(std::int64_t layer_index, std::int64_t position, const PagedCache& cache,
-                     const AttentionCall& call, double& attention_ms) {
-  Problem problem;
-  problem.q_heads = config_.q_heads;
-  problem.kv_heads = config_.kv_heads;
-  problem.q_len = rows_;
-  problem.kv_len = position + rows_;
-  problem.head_dim = config_.head_dim;
-  problem.value_dim = config_.head_dim;
-  problem.causal = true;
-  problem.q_offset = position;
+void Decoder::attend(std::int64_t layer_index, LayerCache& cache, const AttentionCall& call, double& attention_ms) {
   const std::array<std::int64_t, 4> shape{1, config_.q_heads, rows_, config_.head_dim};
-  AttentionInputs inputs;
-  inputs.q = view_of(queries_.data(), DType::f32, shape, Layout::bnhd);
-  inputs.k = cache.keys(layer_index);
-  inputs.v = cache.values(layer_index);
-  inputs.pages = cache.page_table();
-  const AttentionOutputs outputs{mutable_view_of(attended_.data(), DType::f32, shape, Layout::bnhd), {}};
-  const PlanContext context{.layer = layer_index, .layers = config_.layers, .state = call.state, .run = call.run};
   Plan plan;
-  const RunReport report = call.method->attend(problem, inputs, outputs, context, call.on_plan ? &plan : nullptr);
+  CacheCall cache_call;
+  cache_call.method = call.method;
+  cache_call.prompt = call.prompt;
+  cache_call.q = view_of(queries_.data(), DType::f32, shape, Layout::bnhd);
+  cache_call.outputs = {mutable_view_of(attended_.data(), DType::f32, shape, Layout::bnhd), {}};
+  cache_call.executed = call.on_plan ? &plan : nullptr;
+  const PlanContext context{.layer = layer_index, .layers = config_.layers, .state = call.state, .run = call.run};
+  const RunReport report = cache.attend(cache_call, context);
   attention_ms += report.plan_ms + report.kernel_ms;
   if (call.on_plan) call.on_plan(layer_index, plan);
+  if (call.prompt_ends) cache.finish_prefill(context);
 }
 
 void Decoder::finish_layer(const LayerWeights& layer, int threads) {

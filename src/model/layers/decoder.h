@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -19,6 +20,8 @@ struct AttentionCall {
   const Method* method = nullptr;
   MethodState* state = nullptr;
   RunOptions run;
+  bool prompt = false;       ///< the tokens belong to the prompt
+  bool prompt_ends = false;  ///< with these tokens: caches may compress
   /// Receives the plan of each layer if set.
   std::function<void(std::int64_t layer, const Plan& plan)> on_plan;
   /// Called after each layer; may throw to end the pass.
@@ -31,10 +34,11 @@ class Decoder {
   /// Both must outlive the decoder.
   Decoder(const ModelConfig& config, const Weights& weights);
 
-  /// Appends the tokens to the cache and returns their last hidden states [tokens][hidden] before the final norm,
-  /// valid until the next pass. Ids must lie in the vocabulary and the tokens fit the cache. On an exception the cache
-  /// holds what it held before. Adds the time of plans and kernels to attention_ms.
-  std::span<const float> forward(std::span<const std::int32_t> tokens, PagedCache& cache, const AttentionCall& call,
+  /// Appends the tokens to the caches of the layers and returns their last hidden states [tokens][hidden] before the
+  /// final norm, valid until the next pass. Ids must lie in the vocabulary and the tokens fit the caches. On an
+  /// exception some caches hold the new tokens already. Adds the time of plans and kernels to attention_ms.
+  std::span<const float> forward(std::span<const std::int32_t> tokens,
+                                 std::span<const std::unique_ptr<LayerCache>> caches, const AttentionCall& call,
                                  double& attention_ms);
   /// Final norm and head: logits [rows][vocab] of hidden states [rows][hidden].
   void head(std::span<const float> hidden, std::vector<float>& logits, int threads);
@@ -45,10 +49,8 @@ class Decoder {
   void release();
 
  private:
-  void project_inputs(const LayerWeights& layer, std::int64_t layer_index, std::int64_t position, PagedCache& cache,
-                      int threads);
-  void attend(std::int64_t layer_index, std::int64_t position, const PagedCache& cache, const AttentionCall& call,
-              double& attention_ms);
+  void project_inputs(const LayerWeights& layer, LayerCache& cache, int threads);
+  void attend(std::int64_t layer_index, LayerCache& cache, const AttentionCall& call, double& attention_ms);
   void finish_layer(const LayerWeights& layer, int threads);
 
   const ModelConfig& config_;
