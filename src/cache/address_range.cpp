@@ -80,12 +80,15 @@ void AddressRange::commit(std::size_t bytes) {
   committed_ = wanted;
 }
 
-void AddressRange::release() {
-  if (committed_ == 0) return;
+void AddressRange::shrink(std::size_t bytes) {
+  const std::size_t kept = round_up(bytes, page_);
+  if (kept >= committed_) return;
   // A fresh mapping over the old one: drops the pages and their share of the commit limit at once.
-  void* address = mmap(data_, committed_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-  require(address != MAP_FAILED, "cannot release {} bytes: {}", committed_, std::generic_category().message(errno));
-  committed_ = 0;
+  void* address =
+      mmap(data_ + kept, committed_ - kept, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  require(address != MAP_FAILED, "cannot release {} bytes: {}", committed_ - kept,
+          std::generic_category().message(errno));
+  committed_ = kept;
   prefer_huge_pages();
 }
 

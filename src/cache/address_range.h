@@ -20,8 +20,11 @@ class AddressRange {
   std::byte* data() const { return data_; }
   /// Makes at least the first `bytes` bytes readable and writable. Throws Error when memory is refused.
   void commit(std::size_t bytes);
-  /// Returns all memory to the system; the addresses stay reserved.
-  void release();
+  /// Returns the memory beyond the first `bytes` bytes (rounded up to whole pages) to the system; the addresses stay
+  /// reserved, and memory committed there again is zeroed.
+  void shrink(std::size_t bytes);
+  /// Returns all memory.
+  void release() { shrink(0); }
 
  private:
   void prefer_huge_pages() const;

@@ -1,0 +1,192 @@
+#include "methods/evicting_cache.h"
+
+#include <algorithm>
+#include <cassert>
+#include <chrono>
+#include <numeric>
+
+#include "kernels/key_rows.h"
+
+namespace tessera {
+
+namespace {
+
+constexpr std::int64_t kTileQ = 128;
+
+/// Rows of a [1, heads, rows, dim] tensor with the kv heads as batch: [kv_heads, group, rows, dim].
+template <class View>
+View heads_as_batch(const View& view, std::int64_t kv_heads) {
+  View batch = view;
+  const std::int64_t group = view.shape[1] / kv_heads;
+  batch.shape[0] = kv_heads;
+  batch.shape[1] = group;
+  batch.strides[0] = group * view.strides[1];
+  return batch;
+}
+
+Plan kept_plan(const HeadPages& pages, std::int64_t rows) {
+  const LayerCacheShape& shape = pages.shape();
+  Problem problem;
+  problem.batch = shape.kv_heads;
+  problem.q_heads = shape.group();
+  problem.kv_heads = 1;
+  problem.q_len = rows;
+  problem.kv_len = pages.longest();
+  problem.head_dim = shape.head_dim;
+  problem.value_dim = shape.value_dim;
+  problem.q_offset = 0;
+  PlanBuilder builder(problem, kTileQ, kTileQ, 1, shape.kv_heads);
+  for (std::int64_t head = 0; head < shape.kv_heads; ++head) {
+    const std::int64_t before = pages.size(head) - rows;
+    // Row r of the queries sees the slots up to before + r.
+    const std::int64_t causal = rows == 1 ? 0 : builder.add_band({-1, before});
+    for (std::int64_t tile = 0; tile < rows; tile += kTileQ) {
+      const std::int64_t common = before + tile + 1;
+      builder.run(0, common);
+      builder.run(common, std::min(kTileQ, rows - tile) - 1, EntryMask::band, causal);
+      builder.end_row();
+    }
+  }
+  return std::move(builder).finish();
+}
+
+}  // namespace
+
+RunReport attend_kept(const HeadPages& pages, const TensorView& q, const AttentionOutputs& outputs,
+                      const PlanContext& context, Plan* executed) {
+  const auto start = std::chrono::steady_clock::now();
+  Plan plan = kept_plan(pages, q.tokens());
+  const std::chrono::duration<double, std::milli> planned = std::chrono::steady_clock::now() - start;
+  AttentionInputs inputs = pages.inputs();
+  inputs.q = heads_as_batch(q, pages.shape().kv_heads);
+  const AttentionOutputs by_head{heads_as_batch(outputs.o, pages.shape().kv_heads), outputs.lse};
+  RunReport report = run(plan, inputs, by_head, context.run);
+  report.plan_ms = planned.count();
+  if (executed != nullptr) *executed = std::move(plan);
+  return report;
+}
+
+TensorView queries_of_kv_head(const TensorView& q, std::int64_t group, std::int64_t kv_head) {
+  TensorView own = q;
+  own.data = q.row(0, kv_head * group, 0);
+  own.shape[1] = group;
+  return own;
+}
+
+EvictingCache::EvictingCache(const LayerCacheShape& shape) : shape_(shape), prompt_(shape), pages_(shape) {}
+
+void EvictingCache::append(std::int64_t count, const float* keys, const float* values, int threads) {
+  if (whole_) {
+    prompt_.append(count, keys, values, threads);
+  } else {
+    for (std::int64_t token = 0; token < count; ++token) {
+      for (std::int64_t head = 0; head < shape_.kv_heads; ++head) {
+        const std::int64_t row = token * shape_.kv_heads + head;
+        pages_.append(head, tokens_ + token, keys + row * shape_.head_dim, values + row * shape_.value_dim);
+      }
+    }
+  }
+  tokens_ += count;
+}
+
+RunReport EvictingCache::attend(const CacheCall& call, const PlanContext& context) {
+  std::vector<float> lse(static_cast<std::size_t>(shape_.q_heads * call.q.tokens()));
+  CacheCall with_lse = call;
+  with_lse.outputs.lse = lse;
+  const RunReport report = attend_with_lse(with_lse, context);
+  std::copy(lse.begin(), lse.begin() + std::ssize(call.outputs.lse), call.outputs.lse.begin());
+  if (!call.prompt) {
+    observe_decode(call, lse, context);
+    return report;
+  }
+  const bool dense = !whole_ || shape_.own_prompt || call.method->info().name == "dense";
+  observe_prompt(call, dense ? std::span<const float>(lse) : std::span<const float>(), context);
+  return report;
+}
+
+RunReport EvictingCache::attend_with_lse(const CacheCall& call, const PlanContext& context) const {
+  if (!whole_) return attend_kept(pages_, call.q, call.outputs, context, call.executed);
+  if (call.prompt) return prompt_.attend(call, context);
+  Plan plan = dense_plan(cache_problem(shape_, call.q.tokens(), tokens_));
+  AttentionInputs inputs = prompt_.inputs();
+  inputs.q = call.q;
+  const RunReport report = run(plan, inputs, call.outputs, context.run);
+  if (call.executed != nullptr) *call.executed = std::move(plan);
+  return report;
+}
+
+void EvictingCache::finish_prefill(const PlanContext& context) {
+  if (!evicts()) return;
+  const KeptSlots kept = choose(context);
+  for (std::int64_t head = 0; head < shape_.kv_heads; ++head) {
+    const std::vector<std::int32_t>& slots = kept[static_cast<std::size_t>(head)];
+    if (!whole_) {
+      pages_.keep(head, slots);
+      continue;
+    }
+    const AttentionInputs inputs = prompt_.inputs_of_head(head);
+    const Problem problem = problem_of_head(head, 0);
+    const auto keys = kernels::key_rows_of(problem, inputs.k, inputs.pages, 0, 0);
+    const auto values = kernels::key_rows_of(problem, inputs.v, inputs.pages, 0, 0);
+    for (const std::int32_t slot : slots) pages_.append_stored(head, slot, keys.row(slot), values.row(slot));
+  }
+  prompt_.reset();
+  pages_.release_unused();
+  whole_ = false;
+  settled_ = tokens_;
+  evicted(kept);
+}
+
+bool EvictingCache::truncate(std::int64_t tokens) {
+  if (tokens >= tokens_) return true;
+  if (tokens < settled_) return false;
+  if (whole_) {
+    prompt_.truncate(tokens);
+  } else {
+    std::vector<std::int32_t> slots;
+    for (std::int64_t head = 0; head < shape_.kv_heads; ++head) {
+      // Rows since the last eviction lie behind the others.
+      slots.resize(static_cast<std::size_t>(pages_.size(head) - (tokens_ - tokens)));
+      std::iota(slots.begin(), slots.end(), 0);
+      pages_.keep(head, slots);
+    }
+  }
+  tokens_ = tokens;
+  truncated(tokens);
+  return true;
+}
+
+void EvictingCache::reset() {
+  prompt_.reset();
+  pages_.reset();
+  whole_ = true;
+  tokens_ = settled_ = 0;
+  truncated(0);
+}
+
+std::int64_t EvictingCache::size_of_head(std::int64_t kv_head) const {
+  return whole_ ? tokens_ : pages_.size(kv_head);
+}
+
+std::int64_t EvictingCache::position_of(std::int64_t kv_head, std::int64_t slot) const {
+  return whole_ ? slot : pages_.positions(kv_head)[static_cast<std::size_t>(slot)];
+}
+
+Problem EvictingCache::problem_of_head(std::int64_t kv_head, std::int64_t rows) const {
+  LayerCacheShape head = shape_;
+  head.q_heads = shape_.group();
+  head.kv_heads = 1;
+  return cache_problem(head, rows, size_of_head(kv_head));
+}
+
+AttentionInputs EvictingCache::inputs_of_head(std::int64_t kv_head) const {
+  return whole_ ? prompt_.inputs_of_head(kv_head) : pages_.inputs_of_head(kv_head);
+}
+
+void EvictingCache::evict_slot(std::int64_t kv_head, std::int64_t slot) {
+  assert(!whole_);
+  pages_.replace_by_last(kv_head, slot);
+  settled_ = tokens_;
+}
+
+}  // namespace tessera

@@ -1,0 +1,76 @@
+// What caches that evict share: the whole prompt in pages while it comes in, then a list of kept rows per kv head.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "cache/head_pages.h"
+#include "methods/paged_layer_cache.h"
+
+namespace tessera {
+
+/// Attention over rows kept per kv head: every row appended before the last `q.tokens()` rows is visible, those last
+/// rows causally. The plan has the kv heads as sequences of one kv head each.
+RunReport attend_kept(const HeadPages& pages, const TensorView& q, const AttentionOutputs& outputs,
+                      const PlanContext& context, Plan* executed);
+
+/// The queries or outputs [1, q_heads, rows, dim] of kv head `kv_head` alone: [1, group, rows, dim].
+TensorView queries_of_kv_head(const TensorView& q, std::int64_t group, std::int64_t kv_head);
+
+/// Prompt rows attend by the prefill method while every token is there; once rows were evicted, new rows of any kind
+/// attend to all that is kept. plan() of the method that owns such a cache is dense.
+class EvictingCache : public LayerCache {
+ public:
+  void append(std::int64_t count, const float* keys, const float* values, int threads) final;
+  RunReport attend(const CacheCall& call, const PlanContext& context) final;
+  void finish_prefill(const PlanContext& context) final;
+  bool truncate(std::int64_t tokens) final;
+  void reset() final;
+  std::int64_t tokens() const final { return tokens_; }
+  std::int64_t rows_kept() const final { return whole_ ? prompt_.rows_kept() : pages_.rows(); }
+  std::size_t memory_bytes() const final { return prompt_.memory_bytes() + pages_.memory_bytes() + bytes_of_notes(); }
+
+ protected:
+  using KeptSlots = std::vector<std::vector<std::int32_t>>;  ///< [kv_heads]: slots, ascending in position
+
+  explicit EvictingCache(const LayerCacheShape& shape);
+
+  /// After the attention of prompt rows. The LSE [q_heads][rows] is that of dense attention over what is kept; empty
+  /// when a sparse method ran.
+  virtual void observe_prompt(const CacheCall&, std::span<const float>, const PlanContext&) {}
+  /// At the end of a prompt: whether rows are evicted at all. If not, everything stays as it is.
+  virtual bool evicts() const = 0;
+  /// The slots that each kv head keeps then; evict() carries it out.
+  virtual KeptSlots choose(const PlanContext& context) = 0;
+  /// The rows of these slots are all that is left, in their order.
+  virtual void evicted(const KeptSlots&) {}
+  /// After the attention of decoded rows, with their LSE [q_heads][rows].
+  virtual void observe_decode(const CacheCall&, std::span<const float>, const PlanContext&) {}
+  /// Tokens beyond the first `tokens` never were.
+  virtual void truncated(std::int64_t) {}
+  virtual std::size_t bytes_of_notes() const { return 0; }
+
+  const LayerCacheShape& shape() const { return shape_; }
+  /// Rows of a kv head, whether or not every token is still there.
+  std::int64_t size_of_head(std::int64_t kv_head) const;
+  /// Position of the row in a slot.
+  std::int64_t position_of(std::int64_t kv_head, std::int64_t slot) const;
+  /// The last `rows` queries of the group of a kv head over its rows, causal in slots; inputs without queries.
+  Problem problem_of_head(std::int64_t kv_head, std::int64_t rows) const;
+  AttentionInputs inputs_of_head(std::int64_t kv_head) const;
+  /// Evicts one row while decoding: the newest one takes its slot.
+  void evict_slot(std::int64_t kv_head, std::int64_t slot);
+
+ private:
+  RunReport attend_with_lse(const CacheCall& call, const PlanContext& context) const;
+
+  LayerCacheShape shape_;
+  PagedLayerCache prompt_;  ///< every token, while whole_
+  HeadPages pages_;
+  bool whole_ = true;
+  std::int64_t tokens_ = 0;
+  std::int64_t settled_ = 0;  ///< tokens at the last eviction: they cannot be taken back
+};
+
+}  // namespace tessera
