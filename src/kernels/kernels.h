@@ -35,6 +35,9 @@ struct Call {
   }
 };
 
+/// Throws Error unless the derived key sources fit the plan.
+void check_key_sources(const Plan& plan, const AttentionInputs& inputs);
+
 /// Naive float64 evaluation of everything a plan can say: the oracle of every test.
 void run_reference(const Call& call);
 

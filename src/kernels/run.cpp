@@ -36,7 +36,22 @@ void check_outputs(const Problem& problem, const AttentionOutputs& outputs) {
           fmt::join(scores.shape, ", "), scores.strides[3], fmt::join(pairs, ", "));
 }
 
-void check_sources(const Plan& plan, const AttentionInputs& inputs) {
+/// Few query rows in all: split the keys. Few rows per key tile: walk the keys. Else walk the queries.
+KernelKind choose_kernel(const Plan& plan) {
+  const Problem& problem = plan.problem;
+  constexpr std::int64_t decode_queries = 16;
+  constexpr std::int64_t few_rows = 32;
+  std::int64_t longest = 0;
+  for (std::int64_t s = 0; s < problem.batch; ++s) longest = std::max(longest, problem.q_len_of(s));
+  if (longest <= decode_queries) return KernelKind::split_key;
+  const std::int64_t heads_per_row = plan.plan_heads == problem.q_heads ? 1 : problem.group();
+  if (plan.tile_q * heads_per_row < few_rows && kernels::can_run_key_major(plan)) return KernelKind::key_major;
+  return KernelKind::query_major;
+}
+
+}  // namespace
+
+void kernels::check_key_sources(const Plan& plan, const AttentionInputs& inputs) {
   const Problem& problem = plan.problem;
   require(inputs.sources.size() + 1 == plan.sources.size(), "{} derived key sources given; the plan has {}",
           inputs.sources.size(), plan.sources.size() - 1);
@@ -62,21 +77,6 @@ void check_sources(const Plan& plan, const AttentionInputs& inputs) {
   }
 }
 
-/// Few query rows in all: split the keys. Few rows per key tile: walk the keys. Else walk the queries.
-KernelKind choose_kernel(const Plan& plan) {
-  const Problem& problem = plan.problem;
-  constexpr std::int64_t decode_queries = 16;
-  constexpr std::int64_t few_rows = 32;
-  std::int64_t longest = 0;
-  for (std::int64_t s = 0; s < problem.batch; ++s) longest = std::max(longest, problem.q_len_of(s));
-  if (longest <= decode_queries) return KernelKind::split_key;
-  const std::int64_t heads_per_row = plan.plan_heads == problem.q_heads ? 1 : problem.group();
-  if (plan.tile_q * heads_per_row < few_rows && kernels::can_run_key_major(plan)) return KernelKind::key_major;
-  return KernelKind::query_major;
-}
-
-}  // namespace
-
 std::string_view name_of(KernelKind kind) {
   return kKernelNames.at(static_cast<std::size_t>(kind));
 }
@@ -85,7 +85,7 @@ RunReport run(const Plan& plan, const AttentionInputs& inputs, const AttentionOu
               const RunOptions& options) {
   check_inputs(plan.problem, inputs);
   check_outputs(plan.problem, outputs);
-  check_sources(plan, inputs);
+  kernels::check_key_sources(plan, inputs);
   require(options.threads >= 0, "threads is {}; expected 0 (all) or more", options.threads);
 
   const auto start = std::chrono::steady_clock::now();

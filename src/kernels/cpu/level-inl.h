@@ -21,6 +21,8 @@
 //
 #include "kernels/cpu/split_key-inl.h"
 //
+#include "kernels/cpu/backward-inl.h"
+//
 #include "kernels/cpu/peak-inl.h"
 
 constexpr LevelKernels level_table() {
@@ -34,6 +36,10 @@ constexpr LevelKernels level_table() {
   table.attend_piece = attend_piece;
   table.merge_pieces = merge_pieces;
   table.find_nonfinite = find_nonfinite;
+  table.backward_tile = backward_tile;
+  table.backward_key_major = backward_key_major;
+  table.backward_deltas = backward_deltas;
+  table.sum_lanes = sum_lanes;
   table.product_loop = product_loop;
   table.read_loop = read_loop;
   return table;

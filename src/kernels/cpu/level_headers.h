@@ -17,4 +17,5 @@
 #include <numbers>
 #include <type_traits>
 
+#include "kernels/cpu/backward.h"
 #include "kernels/cpu/tile.h"

@@ -162,6 +162,27 @@ inline void transpose_block(const std::byte* const* rows, std::int64_t byte_offs
 }
 constexpr int kTransposeWords = 16;
 
+#if defined(TESSERA_LEVEL_BF16)
+/// Two vectors rounded to bf16, each to a place of its own; and side by side, word i = (first[i], second[i]).
+inline void store_bf16_two(std::uint16_t* first_to, std::uint16_t* second_to, Vec first, Vec second) {
+  const __m512i halves = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first_to), _mm512_castsi512_si256(halves));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second_to), _mm512_extracti64x4_epi64(halves, 1));
+}
+inline void store_bf16_words(std::uint32_t* to, Vec first, Vec second) {
+  const __m512i halves = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
+  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+/// 16 words of two halves -> the 16 first halves and the 16 second halves.
+inline void split_halves(const std::uint32_t* words, std::uint32_t* first, std::uint32_t* second) {
+  const __m512i x = _mm512_loadu_si512(words);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_cvtepi32_epi16(x));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
+}
+#endif
+
 #elif defined(TESSERA_LEVEL_AVX2)
 
 constexpr int kLanes = 8;

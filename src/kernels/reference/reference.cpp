@@ -5,19 +5,11 @@
 
 #include "core/parallel.h"
 #include "kernels/kernels.h"
-#include "kernels/key_rows.h"
-#include "kernels/softmax_state.h"
+#include "kernels/reference/row.h"
 
 namespace tessera::kernels {
 
 namespace {
-
-/// Keys and values of one source for one (sequence, kv head).
-struct Source {
-  KeyRows k;
-  KeyRows v;
-  const float* log_weight = nullptr;  // [keys]
-};
 
 struct RowJob {
   std::int64_t sequence;
@@ -25,20 +17,6 @@ struct RowJob {
   std::int64_t block;
   std::int64_t tile;  // query tile within the block
 };
-
-std::vector<Source> sources_of(const Call& call, std::int64_t sequence, std::int64_t kv_head) {
-  const Problem& problem = call.problem();
-  std::vector<Source> sources;
-  sources.push_back({key_rows_of(problem, call.inputs.k, call.inputs.pages, sequence, kv_head),
-                     key_rows_of(problem, call.inputs.v, call.inputs.pages, sequence, kv_head), nullptr});
-  for (const KeySource& source : call.inputs.sources) {
-    const float* weights = source.log_weight.empty()
-                               ? nullptr
-                               : source.log_weight.data() + (sequence * problem.kv_heads + kv_head) * source.k.tokens();
-    sources.push_back({key_rows_of(source.k, sequence, kv_head), key_rows_of(source.v, sequence, kv_head), weights});
-  }
-  return sources;
-}
 
 bool allowed(const Plan& plan, const PlanEntry& entry, std::int64_t row_in_tile, std::int64_t key_in_entry,
              std::int64_t query_position, std::int64_t key_position, std::int64_t entry_keys) {
@@ -53,8 +31,8 @@ bool allowed(const Plan& plan, const PlanEntry& entry, std::int64_t row_in_tile,
   return (plan.mask_words[static_cast<std::size_t>(word)] >> (key_in_entry % 64) & 1U) != 0;
 }
 
-double score_of(const Call& call, const RowJob& job, const Source& source, std::uint16_t source_index,
-                const std::byte* q, std::int64_t key, std::int64_t key_position, std::int64_t query_position) {
+ReferencePair pair_of(const Call& call, const ReferenceRow& row, const ReferenceSource& source,
+                      std::uint16_t source_index, const std::byte* q, std::int64_t key, std::int64_t query_position) {
   const Problem& problem = call.problem();
   const Modifiers& modifiers = call.inputs.modifiers;
   const std::byte* k = source.k.row(key);
@@ -62,99 +40,138 @@ double score_of(const Call& call, const RowJob& job, const Source& source, std::
   for (std::int64_t d = 0; d < problem.head_dim; ++d) {
     dot += static_cast<double>(load_as_float(q, call.inputs.q.dtype, d)) * load_as_float(k, source.k.dtype, d);
   }
-  double score = dot * static_cast<double>(problem.softmax_scale());
+  ReferencePair pair{source_index, key, dot * static_cast<double>(problem.softmax_scale()),
+                     static_cast<double>(problem.softmax_scale())};
   if (!modifiers.query_scale.empty()) {
-    const std::int64_t query = query_position - problem.q_offset_of(job.sequence);
-    score *= modifiers.query_scale[static_cast<std::size_t>(problem.q_begin_of(job.sequence) + query)];
+    const std::int64_t query = query_position - problem.q_offset_of(row.sequence);
+    const double own = modifiers.query_scale[static_cast<std::size_t>(problem.q_begin_of(row.sequence) + query)];
+    pair.score *= own;
+    pair.slope *= own;
   }
-  if (modifiers.softcap != 0) score = modifiers.softcap * std::tanh(score / modifiers.softcap);
+  if (modifiers.softcap != 0) {
+    const double bent = std::tanh(pair.score / modifiers.softcap);
+    pair.score = modifiers.softcap * bent;
+    pair.slope *= 1 - bent * bent;
+  }
   if (source_index == 0) {
     if (!modifiers.alibi_slopes.empty()) {
-      const double slope = modifiers.alibi_slopes[static_cast<std::size_t>(job.q_head)];
-      score += slope * static_cast<double>(key_position - query_position);
+      const double slope = modifiers.alibi_slopes[static_cast<std::size_t>(row.q_head)];
+      pair.score += slope * static_cast<double>(key - query_position);
     }
-    score += call.key_bias(job.sequence, job.q_head, key_position);
+    pair.score += call.key_bias(row.sequence, row.q_head, key);
   }
-  if (source.log_weight != nullptr) score += source.log_weight[key];
-  return score;
+  if (source.log_weight != nullptr) pair.score += source.log_weight[key];
+  return pair;
 }
 
 /// Weight of a score where rows are no softmax.
-double weight_of(const Call& call, const RowJob& job, std::int64_t query, double score) {
+double weight_of(const Call& call, const ReferenceRow& row, double score) {
   const Modifiers& modifiers = call.inputs.modifiers;
   const double own = std::max(score, 0.0) + std::log1p(std::exp(-std::fabs(score)));
   if (modifiers.weights == RowWeights::softplus) return own;
-  const auto row = static_cast<std::size_t>(call.lse_index(job.sequence, job.q_head, query));
-  return std::pow(std::max(0.0, modifiers.weight_factors[row] * own - modifiers.weight_offset), modifiers.weight_power);
+  const auto index = static_cast<std::size_t>(call.lse_index(row.sequence, row.q_head, query_of(call, row)));
+  return std::pow(std::max(0.0, modifiers.weight_factors[index] * own - modifiers.weight_offset),
+                  modifiers.weight_power);
 }
 
-/// One query row: `place` is its index among the block's queries.
-void attend_row(const Call& call, const RowJob& job, const std::vector<Source>& sources, std::int64_t place) {
+/// body(pair) for all pairs of the row.
+template <class Body>
+void for_each_pair(const Call& call, const ReferenceRow& row, const std::vector<ReferenceSource>& sources,
+                   const Body& body) {
   const Plan& plan = call.plan;
   const Problem& problem = call.problem();
-  const auto block = static_cast<std::size_t>(job.block);
-  const auto* q_order =
-      plan.query_order.empty() || plan.query_order[block].empty() ? nullptr : &plan.query_order[block];
+  const auto block = static_cast<std::size_t>(row.block);
   const auto* k_order = plan.key_order.empty() || plan.key_order[block].empty() ? nullptr : &plan.key_order[block];
-  const std::int64_t query = q_order ? (*q_order)[static_cast<std::size_t>(place)] : place;
-  const std::int64_t query_position = problem.q_offset_of(job.sequence) + query;
-  const std::byte* q = call.query_row(call.inputs.q, job.sequence, job.q_head, query);
-  const std::int64_t row_in_tile = place % plan.tile_q;
-
-  float* dumped = nullptr;
-  if (call.outputs.scores.data != nullptr) {
-    dumped = reinterpret_cast<float*>(call.outputs.scores.row(job.sequence, job.q_head, query));
-  }
-  SoftmaxState<double> state;
-  std::vector<double> output(static_cast<std::size_t>(problem.value_dim), 0.0);
-  for (const PlanEntry& entry : plan.row(plan.row_begin[block] + job.tile)) {
-    const Plan::KeyRange range = plan.keys_of(entry, job.block);
-    const Source& source = sources[entry.source];
+  const std::int64_t query = query_of(call, row);
+  const std::int64_t query_position = problem.q_offset_of(row.sequence) + query;
+  const std::byte* q = call.query_row(call.inputs.q, row.sequence, row.q_head, query);
+  for (const PlanEntry& entry : plan.row(plan.row_begin[block] + row.place / plan.tile_q)) {
+    const Plan::KeyRange range = plan.keys_of(entry, row.block);
     for (std::int64_t i = 0; i < range.count; ++i) {
       const std::int64_t key_place =
           entry.kind == EntryKind::gather ? plan.tokens[static_cast<std::size_t>(range.begin + i)] : range.begin + i;
       const std::int64_t key =
           k_order && entry.source == 0 ? (*k_order)[static_cast<std::size_t>(key_place)] : key_place;
-      if (!allowed(plan, entry, row_in_tile, i, query_position, key, range.count)) continue;
-      double weight = 0;
-      const double score = score_of(call, job, source, entry.source, q, key, key, query_position);
-      if (dumped != nullptr && entry.source == 0) dumped[key] = static_cast<float>(score);
-      double factor = 1;
-      if (call.inputs.modifiers.weights == RowWeights::softmax) {
-        factor = state.add(score, weight);
-      } else {
-        weight = weight_of(call, job, query, score);
-        state.maximum = 0;
-        state.sum += weight;
-      }
-      const std::byte* v = source.v.row(key);
-      for (std::size_t d = 0; d < output.size(); ++d) {
-        output[d] = output[d] * factor + weight * load_as_float(v, source.v.dtype, static_cast<std::int64_t>(d));
-      }
+      if (!allowed(plan, entry, row.place % plan.tile_q, i, query_position, key, range.count)) continue;
+      body(pair_of(call, row, sources[entry.source], entry.source, q, key, query_position));
     }
-  }
-  if (!call.inputs.modifiers.sink_logits.empty() && state.sum != 0) {
-    double weight = 0;
-    const double factor = state.add(call.inputs.modifiers.sink_logits[static_cast<std::size_t>(job.q_head)], weight);
-    for (double& x : output) x *= factor;
-  }
-  std::byte* o = call.query_row(call.outputs.o, job.sequence, job.q_head, query);
-  for (std::size_t d = 0; d < output.size(); ++d) {
-    const double value = state.sum == 0 ? 0.0 : output[d] / state.sum;
-    store_from_float(o, call.outputs.o.dtype, static_cast<std::int64_t>(d), static_cast<float>(value));
-  }
-  if (!call.outputs.lse.empty()) {
-    call.outputs.lse[static_cast<std::size_t>(call.lse_index(job.sequence, job.q_head, query))] =
-        static_cast<float>(state.log_sum_exp());
   }
 }
 
 }  // namespace
 
+std::vector<ReferenceSource> reference_sources(const Call& call, std::int64_t sequence, std::int64_t kv_head) {
+  const Problem& problem = call.problem();
+  std::vector<ReferenceSource> sources;
+  sources.push_back({key_rows_of(problem, call.inputs.k, call.inputs.pages, sequence, kv_head),
+                     key_rows_of(problem, call.inputs.v, call.inputs.pages, sequence, kv_head), nullptr});
+  for (const KeySource& source : call.inputs.sources) {
+    const float* weights = source.log_weight.empty()
+                               ? nullptr
+                               : source.log_weight.data() + (sequence * problem.kv_heads + kv_head) * source.k.tokens();
+    sources.push_back({key_rows_of(source.k, sequence, kv_head), key_rows_of(source.v, sequence, kv_head), weights});
+  }
+  return sources;
+}
+
+std::int64_t query_of(const Call& call, const ReferenceRow& row) {
+  const auto& orders = call.plan.query_order;
+  const auto block = static_cast<std::size_t>(row.block);
+  if (orders.empty() || orders[block].empty()) return row.place;
+  return orders[block][static_cast<std::size_t>(row.place)];
+}
+
+std::vector<ReferencePair> pairs_of(const Call& call, const ReferenceRow& row,
+                                    const std::vector<ReferenceSource>& sources) {
+  std::vector<ReferencePair> pairs;
+  for_each_pair(call, row, sources, [&](const ReferencePair& pair) { pairs.push_back(pair); });
+  return pairs;
+}
+
+ReferenceOutput attend_row(const Call& call, const ReferenceRow& row, const std::vector<ReferenceSource>& sources) {
+  SoftmaxState<double> state;
+  std::vector<double> output(static_cast<std::size_t>(call.problem().value_dim), 0.0);
+  const MutableTensorView& scores = call.outputs.scores;
+  float* dumped = nullptr;
+  if (scores.data != nullptr) {
+    dumped = reinterpret_cast<float*>(scores.row(row.sequence, row.q_head, query_of(call, row)));
+  }
+  for_each_pair(call, row, sources, [&](const ReferencePair& pair) {
+    if (dumped != nullptr && pair.source == 0) dumped[pair.key] = static_cast<float>(pair.score);
+    double weight = 0;
+    double factor = 1;
+    if (call.inputs.modifiers.weights == RowWeights::softmax) {
+      factor = state.add(pair.score, weight);
+    } else {
+      weight = weight_of(call, row, pair.score);
+      state.maximum = 0;
+      state.sum += weight;
+    }
+    const KeyRows& values = sources[pair.source].v;
+    const std::byte* v = values.row(pair.key);
+    for (std::size_t d = 0; d < output.size(); ++d) {
+      output[d] = output[d] * factor + weight * load_as_float(v, values.dtype, static_cast<std::int64_t>(d));
+    }
+  });
+  if (!call.inputs.modifiers.sink_logits.empty() && state.sum != 0) {
+    double weight = 0;
+    const double factor = state.add(call.inputs.modifiers.sink_logits[static_cast<std::size_t>(row.q_head)], weight);
+    for (double& x : output) x *= factor;
+  }
+  for (double& x : output) x = state.sum == 0 ? 0.0 : x / state.sum;
+  return {std::move(output), state.log_sum_exp()};
+}
+
 void run_reference(const Call& call) {
   const Plan& plan = call.plan;
   const Problem& problem = call.problem();
-  std::vector<RowJob> jobs;
+  struct TileOfRows {
+    std::int64_t sequence;
+    std::int64_t q_head;
+    std::int64_t block;
+    std::int64_t tile;  // query tile within the block
+  };
+  std::vector<TileOfRows> jobs;
   for (std::int64_t sequence = 0; sequence < problem.batch; ++sequence) {
     for (std::int64_t head = 0; head < problem.q_heads; ++head) {
       const std::int64_t block = plan.block_of(sequence, head);
@@ -163,10 +180,22 @@ void run_reference(const Call& call) {
     }
   }
   parallel_for(static_cast<std::int64_t>(jobs.size()), call.threads, [&](std::int64_t i, int) {
-    const RowJob& job = jobs[static_cast<std::size_t>(i)];
-    const std::vector<Source> sources = sources_of(call, job.sequence, job.q_head / problem.group());
+    const TileOfRows& job = jobs[static_cast<std::size_t>(i)];
+    const auto sources = reference_sources(call, job.sequence, job.q_head / problem.group());
     const std::int64_t end = std::min((job.tile + 1) * plan.tile_q, plan.queries_of(job.block));
-    for (std::int64_t place = job.tile * plan.tile_q; place < end; ++place) attend_row(call, job, sources, place);
+    for (std::int64_t place = job.tile * plan.tile_q; place < end; ++place) {
+      const ReferenceRow row{job.sequence, job.q_head, job.block, place};
+      const ReferenceOutput result = attend_row(call, row, sources);
+      const std::int64_t query = query_of(call, row);
+      std::byte* o = call.query_row(call.outputs.o, job.sequence, job.q_head, query);
+      for (std::size_t d = 0; d < result.output.size(); ++d) {
+        store_from_float(o, call.outputs.o.dtype, static_cast<std::int64_t>(d), static_cast<float>(result.output[d]));
+      }
+      if (!call.outputs.lse.empty()) {
+        call.outputs.lse[static_cast<std::size_t>(call.lse_index(job.sequence, job.q_head, query))] =
+            static_cast<float>(result.lse);
+      }
+    }
   });
 }
 

@@ -1,0 +1,80 @@
+// What the common scheduling of the backward pass and its kernel text share. Plain data only.
+#pragma once
+
+#include "kernels/backward.h"
+#include "kernels/cpu/tile.h"
+
+namespace tessera::kernels {
+
+/// Sizes of one backward call. Rows of q, k, dO and v are staged as compute words (floats, or pairs of bf16) and packed
+/// from there; "queries" stands for q and k, "outputs" for dO and v.
+struct BackwardShape {
+  TileShape keys;     ///< what the group collector packs: keys alone
+  TileShape queries;  ///< staged rows of q as a value panel
+  TileShape outputs;  ///< staged rows of dO as a value panel
+  bool pair_product;
+  std::int64_t query_words;   ///< words of a staged row of q or k
+  std::int64_t output_words;  ///< words of a staged row of dO or v
+  std::int64_t query_stride;  ///< the same rounded up to 16
+  std::int64_t output_stride;
+  std::int64_t row_floats;  ///< floats of one key in a lane's sums: dK columns, then dV columns
+};
+BackwardShape backward_shape_of(const Problem& problem, DType key_dtype, bool pair_product);
+
+/// How scores become probabilities; see ScoreRule. There is no running maximum, so any sign of the scale will do.
+struct BackwardRule {
+  float to_natural;  ///< product -> natural-unit score
+  float to_log2;     ///< product (or, when modified, score) -> exponent of 2
+  bool modified;
+  bool wants_bias;  ///< gradients of key bias or log-weights are wanted
+};
+
+/// Sums of the gradients of all keys of one (sequence, kv head), written by one thread at a time. The query rows of the
+/// pair are dealt out over a fixed number of lanes, which are added in order: that is why results do not depend on the
+/// number of threads.
+struct BackwardLane {
+  float* keys;                       ///< [keys of all sources][row_floats]
+  const std::int64_t* source_begin;  ///< first key of each source in `keys`
+  float* bias;                       ///< [heads of the group][keys of all sources]; null: not wanted
+  std::int64_t bias_stride;          ///< keys of all sources
+};
+
+/// Scratch of one thread beside TileScratch.
+struct BackwardScratch {
+  std::uint32_t* q_rows;    ///< [kTileRows][query_stride] staged queries
+  std::uint32_t* o_rows;    ///< [kTileRows][output_stride] staged dO
+  std::uint32_t* q_panels;  ///< per 16 queries: [words][16]
+  std::uint32_t* o_panels;
+  std::uint32_t* q_values;  ///< per 16 queries: value panel
+  std::uint32_t* o_values;
+  std::uint32_t* k_rows;                     ///< [kBlockKeys][query_stride]
+  std::uint32_t* v_rows;                     ///< [kBlockKeys][output_stride]
+  std::uint32_t* k_columns;                  ///< [head_dim rounded up to even][kBlockKeys] numbers
+  float* scores;                             ///< [kGroupKeys][kTileRows], dS where it is wanted in floats
+  float* d_probabilities;                    ///< [kGroupKeys][kTileRows]
+  float* p_rows;                             ///< [kGroupKeys][kTileRows] numbers as multiplied
+  float* ds_rows;                            ///< [kGroupKeys][kTileRows] numbers as multiplied
+  std::uint32_t* ds_panels;                  ///< per 16 keys: value panel of kTileRows columns
+  float* d_q;                                ///< [head_dim][kTileRows]
+  float* spare_rows;                         ///< [kGroupKeys + 1][row_floats]: repeated keys, and lanes without a key
+  float* delta;                              ///< [kTileRows] sum(dO * O) - dLSE
+  float* shift;                              ///< [kTileRows] -LSE as an exponent of 2
+  float* slope;                              ///< [kTileRows] ALiBi
+  std::int32_t slab_lowest[kTileRows / 16];  ///< positions of 16 rows
+  std::int32_t slab_highest[kTileRows / 16];
+  std::int32_t slabs;
+};
+std::size_t backward_scratch_bytes(const BackwardShape& shape);
+void place_backward_scratch(const BackwardShape& shape, std::byte* memory, BackwardScratch& scratch);
+
+/// Everything a job of a backward call reads.
+struct BackwardJobContext {
+  const BackwardCall& call;
+  const BackwardShape& shape;
+  const BackwardRule& rule;
+  const PackedSource* sources;
+  const float* deltas;  ///< of all rows, by lse_index
+  const BackwardLane& lane;
+};
+
+}  // namespace tessera::kernels
