@@ -23,6 +23,7 @@ std::vector<std::string> names_of(const Phases& phases) {
   std::vector<std::string> names;
   if (phases.prefill) names.emplace_back("prefill");
   if (phases.decode) names.emplace_back("decode");
+  if (phases.backward) names.emplace_back("backward");
   return names;
 }
 

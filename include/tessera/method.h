@@ -13,6 +13,7 @@
 #include "tessera/attention.h"
 #include "tessera/cache.h"
 #include "tessera/core.h"
+#include "tessera/gradient.h"
 #include "tessera/plan.h"
 
 namespace tessera {
@@ -21,6 +22,7 @@ namespace tessera {
 struct Phases {
   bool prefill = false;
   bool decode = false;
+  bool backward = false;  ///< Method::backward() works
 };
 
 /// One declared parameter, as the command line, JSON and the documentation see it.
@@ -94,6 +96,14 @@ class Method {
   /// methods without plan leave it alone.
   virtual RunReport attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
                            const PlanContext& context, Plan* executed = nullptr) const;
+  /// Gradients of attend() for the same inputs; the selection is a constant. `executed` is the plan that attend() gave,
+  /// or null to plan again. Throws Error where info().phases.backward is false. Methods with branches or corrections
+  /// override it.
+  virtual RunReport backward(const Problem& problem, const AttentionInputs& inputs, const SavedForward& saved,
+                             const Gradients& gradients, const PlanContext& context,
+                             const Plan* executed = nullptr) const;
+  /// Whether attend() is run() of the plan alone, so that its outputs can be checked against the plan.
+  virtual bool runs_its_plan() const { return true; }
   virtual std::unique_ptr<MethodState> new_state() const { return nullptr; }
   /// The cache of one layer (context.layer of context.layers) of one sequence; null: every token in pages.
   virtual std::unique_ptr<LayerCache> new_cache(const LayerCacheShape& shape, const PlanContext& context) const;

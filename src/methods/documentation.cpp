@@ -9,8 +9,11 @@ namespace tessera {
 namespace {
 
 std::string phases_of(const Phases& phases) {
-  if (phases.prefill && phases.decode) return "prefill, decode";
-  return phases.decode ? "decode" : "prefill";
+  std::vector<std::string_view> names;
+  if (phases.prefill) names.emplace_back("prefill");
+  if (phases.decode) names.emplace_back("decode");
+  if (phases.backward) names.emplace_back("backward");
+  return fmt::format("{}", fmt::join(names, ", "));
 }
 
 std::string values_of(const ParameterInfo& parameter) {

@@ -144,4 +144,16 @@ RunReport Method::attend(const Problem& problem, const AttentionInputs& inputs, 
   return report;
 }
 
+RunReport Method::backward(const Problem& problem, const AttentionInputs& inputs, const SavedForward& saved,
+                           const Gradients& gradients, const PlanContext& context, const Plan* executed) const {
+  require(info().phases.backward, "method '{}' has no backward pass", info().name);
+  if (executed != nullptr) return run_backward(*executed, inputs, saved, gradients, context.run);
+  const auto start = std::chrono::steady_clock::now();
+  const Plan decided = plan(problem, inputs, context);
+  const std::chrono::duration<double, std::milli> planned = std::chrono::steady_clock::now() - start;
+  RunReport report = run_backward(decided, inputs, saved, gradients, context.run);
+  report.plan_ms = planned.count();
+  return report;
+}
+
 }  // namespace tessera

@@ -8,6 +8,7 @@
 // or, for a recurrence, which has no plan, attend() alone; and optionally
 //   static constexpr bool reads_inputs = false;   patterns: plan() looks at neither q nor k
 //   RunReport attend(...) const;                  methods with branches or corrections
+//   RunReport backward(...) const;                their gradients (plain plans need none: Method::backward does)
 //   std::unique_ptr<MethodState> new_state() const;
 //   std::unique_ptr<LayerCache> new_cache(const LayerCacheShape&, const PlanContext&) const;  methods that evict
 //   void check_model(layers, q_heads, kv_heads) const;   methods whose configuration fits one model only
@@ -73,6 +74,22 @@ class BoundMethod final : public Method {
     } else {
       return Method::attend(problem, inputs, outputs, context, executed);
     }
+  }
+
+  RunReport backward(const Problem& problem, const AttentionInputs& inputs, const SavedForward& saved,
+                     const Gradients& gradients, const PlanContext& context, const Plan* executed) const override {
+    if constexpr (requires { method_.backward(problem, inputs, saved, gradients, context, executed); }) {
+      check_inputs(problem, inputs);
+      return method_.backward(problem, inputs, saved, gradients, context, executed);
+    } else {
+      return Method::backward(problem, inputs, saved, gradients, context, executed);
+    }
+  }
+
+  bool runs_its_plan() const override {
+    return !requires(const AttentionInputs& inputs, const AttentionOutputs& outputs, const PlanContext& context) {
+      method_.attend(Problem{}, inputs, outputs, context, static_cast<Plan*>(nullptr));
+    };
   }
 
   std::unique_ptr<MethodState> new_state() const override {

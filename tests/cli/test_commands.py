@@ -63,7 +63,7 @@ class MethodsTest(CommandLineTest):
         self.assertLessEqual(METHODS, {method["name"] for method in listed})
         for method in listed:
             self.assertEqual(list(method), ["name", "family", "summary", "paper", "phases", "parameters", "own_cache"])
-            self.assertLessEqual(set(method["phases"]), {"prefill", "decode"})
+            self.assertLessEqual(set(method["phases"]), {"prefill", "decode", "backward"})
             self.assertTrue(method["phases"])
             for parameter in method["parameters"]:
                 self.assertLessEqual({"name", "type", "default", "description"}, set(parameter))
@@ -135,6 +135,14 @@ class BenchTest(CommandLineTest):
         result = self.check("--phase", "decode", "--plan", "random-token:keys=64")
         self.assertEqual(result["density"], 0.25)
         self.check("--phase", "decode", "--plan", "dense")
+
+    def test_backward(self):
+        for arguments in (("--method", "dense"), ("--method", "nsa:top_k=2,window=16"), ("--plan", "dense")):
+            result = self.check("--phase", "backward", "--causal", "--dtype", "bf16", *arguments)
+            self.assertEqual(list(result)[-2:], ["forward_ms", "forward_fraction_of_peak"])
+            self.assertGreater(result["forward_fraction_of_peak"], 0)
+        text = self.succeed("bench", "attention", *self.small, "--method", "moba", "--phase", "backward", "--causal")
+        self.assertIn("of that fraction", text)
 
     def test_data_kinds(self):
         self.check("--method", "streaming", "--data", "heads-llm", "--causal")

@@ -46,8 +46,8 @@ struct Options {
 };
 
 Problem problem_from(const Options& options) {
-  require(options.phase == "prefill" || options.phase == "decode", "--phase is '{}'; expected 'prefill' or 'decode'",
-          options.phase);
+  require(options.phase == "prefill" || options.phase == "decode" || options.phase == "backward",
+          "--phase is '{}'; expected 'prefill', 'decode' or 'backward'", options.phase);
   const auto positive = [](std::string_view name, std::int64_t value) {
     require(value > 0 && value <= std::int64_t{1} << 31, "{} is {}; expected 1 to 2^31", name, value);
     return value;
@@ -118,8 +118,10 @@ class Subject {
     if (!options.method.empty()) {
       method_ = make_method(options.method);
       const Phases phases = method_->info().phases;
-      require(options.phase == "decode" ? phases.decode : phases.prefill, "method '{}' does not support {}",
-              method_->info().name, options.phase);
+      const bool supported = options.phase == "decode"     ? phases.decode
+                             : options.phase == "backward" ? phases.backward
+                                                           : phases.prefill;
+      require(supported, "method '{}' does not support {}", method_->info().name, options.phase);
       name_ = method_->info().name;
       parameters_ = nlohmann::ordered_json::parse(method_->parameters());
       return;
@@ -137,6 +139,8 @@ class Subject {
   /// The plan of the last execution.
   const Plan& plan() const { return plan_; }
   const RunReport& report() const { return report_; }
+  /// Whether outputs can be checked against the plan: not those of methods with branches or corrections.
+  bool verifiable() const { return plan_.sources.size() == 1 && (method_ == nullptr || method_->runs_its_plan()); }
 
   Times execute(const AttentionInputs& inputs, const AttentionOutputs& outputs) {
     if (method_ == nullptr) {
@@ -147,6 +151,13 @@ class Subject {
     context_.state = state.get();
     report_ = method_->attend(problem_, inputs, outputs, context_, &plan_);
     context_.state = nullptr;
+    return {report_.plan_ms, report_.kernel_ms};
+  }
+
+  /// Gradients for the plan of the last execution.
+  Times execute_backward(const AttentionInputs& inputs, const SavedForward& saved, const Gradients& gradients) {
+    report_ = method_ == nullptr ? run_backward(plan_, inputs, saved, gradients, context_.run)
+                                 : method_->backward(problem_, inputs, saved, gradients, context_, &plan_);
     return {report_.plan_ms, report_.kernel_ms};
   }
 
@@ -181,11 +192,82 @@ struct Result {
   Spread plan_ms;
   Spread kernel_ms;
   Spread dense_ms;
+  Spread forward_ms;  ///< of the same subject, in the backward phase
   Peaks peaks;
   double peak_rss_mb = 0;
   double extra_mb = 0;  ///< what one execution needed beyond its inputs and outputs
   double inputs_outputs_mb = 0;
 };
+
+/// Memory of a backward call: dO drawn at random, gradients in float.
+class BackwardData {
+ public:
+  BackwardData(const Options& options, const Problem& problem, const AttentionOutputs& outputs) {
+    HeadOptions heads = head_options_of(options, problem);
+    heads.head_dim = problem.value_dim;
+    heads.kind = "randn";
+    heads.seed = options.seed + 1;
+    d_o_ = make_heads(heads);
+    const auto tensor = [](std::vector<float>& memory, std::int64_t h, std::int64_t n, std::int64_t d) {
+      memory.resize(static_cast<std::size_t>(h * n * d));
+      return mutable_view_of(memory.data(), DType::f32, {1, h, n, d});
+    };
+    gradients.d_q = tensor(d_q_, problem.q_heads, problem.q_len, problem.head_dim);
+    gradients.d_k = tensor(d_k_, problem.kv_heads, problem.kv_len, problem.head_dim);
+    gradients.d_v = tensor(d_v_, problem.kv_heads, problem.kv_len, problem.value_dim);
+    saved.o = outputs.o;
+    saved.lse = outputs.lse;
+    saved.d_o = d_o_.q();
+  }
+
+  SavedForward saved;
+  Gradients gradients;
+
+ private:
+  HeadData d_o_;
+  std::vector<float> d_q_;
+  std::vector<float> d_k_;
+  std::vector<float> d_v_;
+};
+
+/// Backward against dense backward, and the forward pass of the same subject beside them. `outputs` holds what the
+/// subject's forward pass left.
+void measure_backward(const Options& options, const Plan& dense, const RunOptions& dense_options,
+                      const AttentionInputs& inputs, const AttentionOutputs& outputs, Subject& subject,
+                      Result& result) {
+  const Problem& problem = dense.problem;
+  std::vector<std::byte> dense_o(static_cast<std::size_t>(problem.q_heads * problem.q_len * problem.value_dim) *
+                                 size_of(outputs.o.dtype));
+  std::vector<float> dense_lse(outputs.lse.size());
+  const AttentionOutputs dense_outputs{mutable_view_of(dense_o.data(), outputs.o.dtype, outputs.o.shape), dense_lse};
+  run(dense, inputs, dense_outputs, dense_options);
+  const BackwardData own(options, problem, outputs);
+  const BackwardData yardstick(options, problem, dense_outputs);
+  subject.execute_backward(inputs, own.saved, own.gradients);
+  if (subject.verifiable()) {
+    verify_gradient_samples(subject.name(), subject.plan(), inputs, own.saved, own.gradients.d_q);
+  }
+  run_backward(dense, inputs, yardstick.saved, yardstick.gradients, dense_options);
+  verify_gradient_samples("dense", dense, inputs, yardstick.saved, yardstick.gradients.d_q);
+  std::vector<double> plan_ms;
+  std::vector<double> kernel_ms;
+  std::vector<double> dense_ms;
+  std::vector<double> forward_ms;
+  for (int i = 0; i < options.repeats; ++i) {
+    forward_ms.push_back(subject.execute(inputs, outputs).kernel_ms);
+    const Times times = subject.execute_backward(inputs, own.saved, own.gradients);
+    plan_ms.push_back(times.plan_ms);
+    kernel_ms.push_back(times.kernel_ms);
+    dense_ms.push_back(run_backward(dense, inputs, yardstick.saved, yardstick.gradients, dense_options).kernel_ms);
+    fmt::print(stderr, "{}/{}: {} backward {:.2f} ms (forward {:.2f} ms), dense backward {:.2f} ms\n", i + 1,
+               options.repeats, subject.name(), kernel_ms.back(), forward_ms.back(), dense_ms.back());
+  }
+  result.report = subject.report();
+  result.plan_ms = spread_of(plan_ms);
+  result.kernel_ms = spread_of(kernel_ms);
+  result.dense_ms = spread_of(dense_ms);
+  result.forward_ms = spread_of(forward_ms);
+}
 
 Result measure(const Options& options, const Problem& problem, Subject& subject, const RunOptions& run_options) {
   Result result;
@@ -222,8 +304,13 @@ Result measure(const Options& options, const Problem& problem, Subject& subject,
   subject.execute(inputs, outputs);
   result.peak_rss_mb = peak_memory_mb();
   result.extra_mb = result.peak_rss_mb - resident_mb;
-  if (subject.plan().sources.size() == 1) verify_samples(subject.name(), subject.plan(), inputs, outputs);
+  if (subject.verifiable()) verify_samples(subject.name(), subject.plan(), inputs, outputs);
   result.statistics = statistics(subject.plan());
+  if (options.phase == "backward") {
+    measure_backward(options, dense, dense_options, inputs, outputs, subject, result);
+    result.peaks.measure(*run_options.isa, dtype, threads);
+    return result;
+  }
   run(dense, inputs, outputs, dense_options);
   verify_samples("dense", dense, inputs, outputs);
 
@@ -249,37 +336,47 @@ Result measure(const Options& options, const Problem& problem, Subject& subject,
 nlohmann::ordered_json to_json(const Options& options, const Subject& subject, const Result& result) {
   const Problem& problem = result.problem;
   const double seconds = result.kernel_ms.median / 1e3;
-  const double flops = 2.0 * static_cast<double>(result.statistics.planned_pairs) *
-                       static_cast<double>(problem.head_dim + problem.value_dim);
+  const bool backward = options.phase == "backward";
+  const double pairs = static_cast<double>(result.statistics.planned_pairs);
+  const double forward_flops = 2.0 * pairs * static_cast<double>(problem.head_dim + problem.value_dim);
+  // S, dQ and dK are products over head_dim, dP and dV over value_dim.
+  const double flops =
+      backward ? 2.0 * pairs * static_cast<double>(3 * problem.head_dim + 2 * problem.value_dim) : forward_flops;
   // The statistics count keys and values at two bytes an element.
   const double bytes = result.statistics.kv_bytes / 2 * static_cast<double>(size_of(dtype_from_name(options.dtype)));
   const double gflops = flops / seconds / 1e9;
   const double gbps = bytes / seconds / 1e9;
   const double ratio = result.kernel_ms.median / result.dense_ms.median;
-  return {{"method", subject.name()},
-          {"params", subject.parameters()},
-          {"isa", name_of(result.report.isa)},
-          {"threads", result.report.threads},
-          {"dtype", options.dtype},
-          {"density", result.statistics.density},
-          {"plan_ms", to_json(result.plan_ms)},
-          {"kernel_ms", to_json(result.kernel_ms)},
-          {"gflops", gflops},
-          {"peak_gflops", result.peaks.gflops},
-          {"fraction_of_peak", gflops / result.peaks.gflops},
-          {"dense_ms", to_json(result.dense_ms)},
-          {"ratio_to_dense", ratio},
-          {"gbps", gbps},
-          {"peak_gbps", result.peaks.gbps},
-          {"fraction_of_bandwidth", gbps / result.peaks.gbps},
-          {"kernel", name_of(result.report.kernel)},
-          {"executed_density", result.statistics.executed_density},
-          {"ratio_to_density_times_dense", ratio / result.statistics.density},
-          {"plan_to_dense", result.plan_ms.median / result.dense_ms.median},
-          {"peak_rss_mb", result.peak_rss_mb},
-          {"inputs_outputs_mb", result.inputs_outputs_mb},
-          {"extra_mb", result.extra_mb},
-          {"workspace_mb", static_cast<double>(result.report.workspace_bytes) / 1e6}};
+  nlohmann::ordered_json json = {{"method", subject.name()},
+                                 {"params", subject.parameters()},
+                                 {"isa", name_of(result.report.isa)},
+                                 {"threads", result.report.threads},
+                                 {"dtype", options.dtype},
+                                 {"density", result.statistics.density},
+                                 {"plan_ms", to_json(result.plan_ms)},
+                                 {"kernel_ms", to_json(result.kernel_ms)},
+                                 {"gflops", gflops},
+                                 {"peak_gflops", result.peaks.gflops},
+                                 {"fraction_of_peak", gflops / result.peaks.gflops},
+                                 {"dense_ms", to_json(result.dense_ms)},
+                                 {"ratio_to_dense", ratio},
+                                 {"gbps", gbps},
+                                 {"peak_gbps", result.peaks.gbps},
+                                 {"fraction_of_bandwidth", gbps / result.peaks.gbps},
+                                 {"kernel", name_of(result.report.kernel)},
+                                 {"executed_density", result.statistics.executed_density},
+                                 {"ratio_to_density_times_dense", ratio / result.statistics.density},
+                                 {"plan_to_dense", result.plan_ms.median / result.dense_ms.median},
+                                 {"peak_rss_mb", result.peak_rss_mb},
+                                 {"inputs_outputs_mb", result.inputs_outputs_mb},
+                                 {"extra_mb", result.extra_mb},
+                                 {"workspace_mb", static_cast<double>(result.report.workspace_bytes) / 1e6}};
+  if (backward) {
+    const double forward_gflops = forward_flops / (result.forward_ms.median / 1e3) / 1e9;
+    json["forward_ms"] = to_json(result.forward_ms);
+    json["forward_fraction_of_peak"] = forward_gflops / result.peaks.gflops;
+  }
+  return json;
 }
 
 void print_text(const nlohmann::ordered_json& json) {
@@ -306,6 +403,14 @@ void print_text(const nlohmann::ordered_json& json) {
       number("peak_rss_mb"), number("inputs_outputs_mb"), number("extra_mb"), number("workspace_mb"));
 }
 
+/// What the backward phase adds.
+void print_backward(const nlohmann::ordered_json& json) {
+  const auto forward = json["forward_fraction_of_peak"].get<double>();
+  fmt::print("  forward    {:.3f} ms, {:.1f} % of the peak; backward reaches {:.3f} of that fraction\n",
+             json["forward_ms"]["median"].get<double>(), 100 * forward,
+             json["fraction_of_peak"].get<double>() / forward);
+}
+
 void run_bench_attention(const Options& options) {
   require(options.method.empty() != options.plan.empty(), "give one of --method and --plan");
   require(options.repeats > 0 && options.repeats <= 1000, "--repeats is {}; expected 1 to 1000", options.repeats);
@@ -322,6 +427,7 @@ void run_bench_attention(const Options& options) {
     print_json(json);
   } else {
     print_text(json);
+    if (options.phase == "backward") print_backward(json);
   }
 }
 
@@ -346,7 +452,7 @@ void add_bench_attention(CLI::App& bench) {
   command->add_flag("--causal", options->causal, "Queries see keys up to their own position");
   command->add_option("--data", options->data, fmt::format("Data: {}", fmt::join(head_kinds(), ", ")))
       ->capture_default_str();
-  command->add_option("--phase", options->phase, "prefill or decode")->capture_default_str();
+  command->add_option("--phase", options->phase, "prefill, decode or backward")->capture_default_str();
   command->add_option("--repeats", options->repeats, "Measurements of each side, alternating")->capture_default_str();
   command->add_option("--seed", options->seed, "Seed of the data")->capture_default_str();
   add_grid_options(*command, options->grid);

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "tessera/attention.h"
+#include "tessera/gradient.h"
 
 namespace tessera::cli {
 
@@ -15,5 +16,9 @@ namespace tessera::cli {
 /// error of the sampled rows or the error of an LSE exceeds what the dtypes allow. Uniform batches only.
 void verify_samples(std::string_view what, const Plan& plan, const AttentionInputs& inputs,
                     const AttentionOutputs& outputs);
+
+/// The same for dQ of run_backward(plan, inputs, saved), against the float64 reference backward pass.
+void verify_gradient_samples(std::string_view what, const Plan& plan, const AttentionInputs& inputs,
+                             const SavedForward& saved, const TensorView& d_q);
 
 }  // namespace tessera::cli

@@ -14,7 +14,7 @@ struct Dense {
             .family = "pattern",
             .summary = "every key that the problem allows",
             .paper = "",
-            .phases = {.prefill = true, .decode = true}};
+            .phases = {.prefill = true, .decode = true, .backward = true}};
   }
 
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext&) const { return dense_plan(problem); }

@@ -34,7 +34,7 @@ struct Streaming {
             .family = "pattern",
             .summary = "attention sinks plus a local window (A-shape), optionally with dense last rows (Tri-shape)",
             .paper = "Efficient Streaming Language Models with Attention Sinks, arXiv:2309.17453",
-            .phases = {.prefill = true, .decode = true}};
+            .phases = {.prefill = true, .decode = true, .backward = true}};
   }
 
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {
