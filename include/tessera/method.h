@@ -36,9 +36,9 @@ struct ParameterInfo {
   std::string description;
 };
 
-/// What the size of an axis of a side input follows from. `tokens`: one entry per key of the call, or only for the keys
-/// that the call adds. `width`: the method's own, such as that of a convolution.
-enum class SideAxis : std::uint8_t { one, batch, q_heads, kv_heads, tokens, head_dim, value_dim, width };
+/// What the size of an axis of a side input follows from. `queries`: one entry per query of the call. `tokens`: one per
+/// key, or only for the keys that the call adds. `width`: the method's own, such as that of a convolution.
+enum class SideAxis : std::uint8_t { one, batch, q_heads, kv_heads, queries, tokens, head_dim, value_dim, width };
 
 /// A tensor that a method reads beside q, k, v, as benchmarks and the documentation see it.
 struct SideInputInfo {

@@ -109,6 +109,9 @@ RunReport run_backward(const Plan& plan, const AttentionInputs& inputs, const Sa
   kernels::check_key_sources(plan, inputs);
   check_saved(plan.problem, saved);
   check_gradients(plan.problem, inputs, gradients);
+  require(inputs.modifiers.weights == RowWeights::softmax && inputs.modifiers.query_scale.empty(),
+          "the backward pass knows softmax rows without query_scale only; got {} weights and {} query scales",
+          name_of(inputs.modifiers.weights), inputs.modifiers.query_scale.size());
   require(!inputs.pages.used(), "keys and values lie in pages; the backward pass needs them in one tensor");
   require(options.threads >= 0, "threads is {}; expected 0 (all) or more", options.threads);
 

@@ -105,17 +105,18 @@ void refuse_plan(const MethodInfo& info) {
 }
 
 std::string shape_text(const SideInputInfo& side) {
-  static constexpr std::array<std::string_view, 8> names{"1", "B", "Hq", "Hkv", "N", "D", "Dv", "w"};
+  static constexpr std::array<std::string_view, 9> names{"1", "B", "Hq", "Hkv", "Nq", "N", "D", "Dv", "w"};
   std::vector<std::string_view> axes;
   for (const SideAxis axis : side.axes) axes.push_back(names.at(static_cast<std::size_t>(axis)));
   return fmt::format("[{}]", fmt::join(axes, ", "));
 }
 
 std::array<std::int64_t, 4> side_shape(const SideInputInfo& side, const Problem& problem) {
-  const std::array<std::int64_t, 8> sizes{1,
+  const std::array<std::int64_t, 9> sizes{1,
                                           problem.variable_length() ? 1 : problem.batch,
                                           problem.q_heads,
                                           problem.kv_heads,
+                                          problem.q_len,
                                           problem.kv_len,
                                           problem.head_dim,
                                           problem.value_dim,

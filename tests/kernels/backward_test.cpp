@@ -7,25 +7,6 @@
 namespace tessera::testing {
 namespace {
 
-constexpr DType kAllDtypes[] = {DType::f32, DType::bf16, DType::f16};
-constexpr std::int64_t kAllDims[] = {16, 24, 33, 64, 65, 80, 128, 256, 7};
-
-template <class Values>
-auto pick(Random& random, const Values& values) {
-  return values[uniform(random, 0, static_cast<std::int64_t>(std::size(values)) - 1)];
-}
-
-CaseOptions random_options(Random& random) {
-  CaseOptions options;
-  options.dtype = pick(random, kAllDtypes);
-  options.output = pick(random, kAllDtypes);
-  options.head_dim = pick(random, kAllDims);
-  options.value_dim = chance(random, 50) ? options.head_dim : pick(random, kAllDims);
-  options.layout = chance(random, 50) ? Layout::bhnd : Layout::bnhd;
-  options.row_padding = chance(random, 30) ? 8 : 0;
-  return options;
-}
-
 void expect_close(const GradientCase& c, const GradientValues& expected, const GradientValues& magnitude,
                   const GradientValues& actual, bool pairs, DType dtype, const std::string& what) {
   ASSERT_TRUE(actual.guards_intact) << what << ": wrote outside a gradient";

@@ -91,6 +91,14 @@ inline simde__m512 emulated_scale(simde__m512 x, simde__m512 exponent) {
   for (int i = 0; i < 16; ++i) floats.lanes[i] *= std::exp2(std::floor(exponents.lanes[i]));
   return emulated_cast<simde__m512>(floats);
 }
+inline simde__m512 emulated_expand(simde__mmask16 mask, simde__m512 x) {
+  const auto packed = emulated_cast<Floats16>(x);
+  Floats16 floats{};
+  for (int i = 0, next = 0; i < 16; ++i) {
+    if ((mask >> i & 1) != 0) floats.lanes[i] = packed.lanes[next++];
+  }
+  return emulated_cast<simde__m512>(floats);
+}
 inline float emulated_reduce(simde__m512 x, bool maximum) {
   const auto floats = emulated_cast<Floats16>(x);
   float result = floats.lanes[0];
@@ -120,6 +128,8 @@ inline simde__m256 emulated_upper_half(simde__m512 x) {
 #define _mm512_cvtne2ps_pbh(upper, lower) emulated_to_bf16(upper, lower)
 #define _mm512_reduce_ps(x, rounding) emulated_fraction(x)
 #define _mm512_scalef_ps(x, exponent) emulated_scale(x, exponent)
+#undef _mm512_maskz_expand_ps
+#define _mm512_maskz_expand_ps(mask, x) emulated_expand(mask, x)
 #define _mm512_reduce_add_ps(x) emulated_reduce(x, false)
 #define _mm512_reduce_max_ps(x) emulated_reduce(x, true)
 #define _mm512_extractf32x8_ps(x, half) emulated_upper_half(x)

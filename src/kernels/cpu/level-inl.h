@@ -23,6 +23,8 @@
 //
 #include "kernels/cpu/backward-inl.h"
 //
+#include "kernels/cpu/bitmap-inl.h"
+//
 #include "kernels/cpu/peak-inl.h"
 
 constexpr LevelKernels level_table() {
@@ -40,6 +42,7 @@ constexpr LevelKernels level_table() {
   table.backward_key_major = backward_key_major;
   table.backward_deltas = backward_deltas;
   table.sum_lanes = sum_lanes;
+  table.attend_bitmap = attend_bitmap;
   table.product_loop = product_loop;
   table.read_loop = read_loop;
   return table;

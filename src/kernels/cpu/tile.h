@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "kernels/bitmap_attention.h"
 #include "kernels/kernels.h"
 #include "kernels/key_rows.h"
 
@@ -200,6 +201,10 @@ struct LevelKernels {
   /// row[0..count) = factor * sum over the lanes, which lie `lane_stride` floats apart, in `dtype`.
   void (*sum_lanes)(const float* sums, std::int64_t lanes, std::int64_t lane_stride, float factor, std::int64_t count,
                     DType dtype, std::byte* row);
+  /// Adds a batch of compressed tokens to the states of all rows: maximum [rows] in powers of 2, sum [rows], output
+  /// [rows][value_dim rounded up to 64]. Queries are scaled by log2(e).
+  void (*attend_bitmap)(const BitmapProblem& problem, const BitmapTiles& keys, const BitmapTiles& values,
+                        const float* queries, float* maximum, float* sum, float* output);
   /// Register-only product loop of `iterations` rounds; returns floating-point operations done, `sink` keeps it alive.
   double (*product_loop)(std::int64_t iterations, bool pairs, float* sink);
   /// Sum of a buffer, as fast as it can be read.

@@ -101,6 +101,10 @@ inline Mask mask_from_bits(std::uint32_t bits) {
 inline Vec select(Mask m, Vec yes, Vec no) {
   return _mm512_mask_blend_ps(m, no, yes);
 }
+/// The first numbers of x, in order, on the lanes whose bit is set; 0 on the others.
+inline Vec expand_lanes(Vec x, std::uint32_t bits) {
+  return _mm512_maskz_expand_ps(static_cast<Mask>(bits), x);
+}
 
 inline Vec load_bf16(const std::uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -277,6 +281,24 @@ inline Mask mask_from_bits(std::uint32_t bits) {
 inline Vec select(Mask m, Vec yes, Vec no) {
   return _mm256_blendv_ps(no, yes, m);
 }
+/// [bits][lane]: which of the packed numbers a lane takes; any where its bit is 0.
+struct ExpandTable {
+  alignas(32) std::int32_t from[256][8];
+  constexpr ExpandTable() : from{} {
+    for (int bits = 0; bits < 256; ++bits) {
+      int next = 0;
+      for (int lane = 0; lane < 8; ++lane) {
+        from[bits][lane] = next;
+        next += bits >> lane & 1;
+      }
+    }
+  }
+};
+constexpr ExpandTable kExpandTable;
+inline Vec expand_lanes(Vec x, std::uint32_t bits) {
+  const __m256i from = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpandTable.from[bits]));
+  return _mm256_and_ps(_mm256_permutevar8x32_ps(x, _mm256_and_si256(from, _mm256_set1_epi32(7))), mask_from_bits(bits));
+}
 
 inline Vec load_bf16(const std::uint16_t* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -435,6 +457,13 @@ inline Mask both(Mask a, Mask b) {
 inline Mask mask_from_bits(std::uint32_t bits) {
   const IntVec select_bit{1, 2, 4, 8, 16, 32, 64, 128};
   return (set1_int(static_cast<std::int32_t>(bits)) & select_bit) == select_bit;
+}
+inline Vec expand_lanes(Vec x, std::uint32_t bits) {
+  Vec out = zero();
+  for (int lane = 0, next = 0; lane < kLanes; ++lane) {
+    if ((bits >> lane & 1U) != 0) out[lane] = x[next++];
+  }
+  return out;
 }
 
 inline Vec load_bf16(const std::uint16_t* p) {

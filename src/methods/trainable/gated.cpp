@@ -29,7 +29,7 @@ struct Gated {
             .phases = {.prefill = true, .decode = true},
             .side = {
                 {.name = "gate",
-                 .axes = {SideAxis::batch, SideAxis::q_heads, SideAxis::tokens, SideAxis::value_dim},
+                 .axes = {SideAxis::batch, SideAxis::q_heads, SideAxis::queries, SideAxis::value_dim},
                  .minimum = -4,
                  .maximum = 4,
                  .description = "gate logits of the call's queries, per value column or, with last axis 1, per head"}}};

@@ -1,0 +1,345 @@
+// sla: both branches against their formula in float64, and gradients against central differences of that formula.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
+#include "methods/masks.h"
+#include "tessera/gradient.h"
+
+namespace tessera {
+namespace {
+
+using test::AttentionCase;
+using test::CaseShape;
+
+CaseShape bidirectional(CaseShape shape) {
+  shape.causal = false;
+  return shape;
+}
+
+/// Projection and bias of the linear branch.
+struct Side {
+  std::int64_t heads;
+  std::int64_t dim;
+  std::vector<float> projection;
+  std::vector<float> bias;
+
+  Side(const Problem& p, bool per_head) : heads(per_head ? p.q_heads : 1), dim(p.value_dim) {
+    for (std::int64_t i = 0; i < heads * dim * dim; ++i) {
+      projection.push_back(std::sin(static_cast<float>(i) * 0.37F) * 0.5F);
+    }
+    for (std::int64_t i = 0; i < heads * dim; ++i) bias.push_back(std::cos(static_cast<float>(i) * 0.61F));
+  }
+  std::vector<SideTensor> tensors() const {
+    return {{"projection", view_of(projection.data(), DType::f32, {1, heads, dim, dim})},
+            {"bias", view_of(bias.data(), DType::f32, {1, heads, 1, dim})}};
+  }
+};
+
+/// Inputs of one (sequence, query head) in float64, and which keys each branch reads for every query.
+struct HeadCase {
+  std::int64_t queries, keys, dim, value_dim;
+  double scale;
+  std::vector<double> q, k, v, w, b;
+  std::vector<std::uint8_t> critical, marked;  ///< [queries][keys]
+  bool all = false;                            ///< the linear branch reads every key
+  std::string map = "softmax";
+
+  std::vector<double> phi(const double* x) const {
+    std::vector<double> y(x, x + dim);
+    if (map == "softmax") {
+      double sum = 0;
+      for (double& e : y) sum += e = std::exp(e);
+      for (double& e : y) e /= sum;
+    } else {
+      for (double& e : y) e = map == "relu" ? std::max(e, 0.0) : (e > 0 ? e + 1 : std::exp(e));
+    }
+    return y;
+  }
+
+  std::vector<double> output(std::int64_t n) const {
+    std::vector<double> sparse(static_cast<std::size_t>(value_dim), 0.0);
+    std::vector<double> linear(sparse);
+    const double* query = q.data() + n * dim;
+    const std::vector<double> phi_q = phi(query);
+    double sum = 0;
+    double denominator = all ? 1e-5 : 0.0;
+    for (std::int64_t j = 0; j < keys; ++j) {
+      const double* key = k.data() + j * dim;
+      const double* value = v.data() + j * value_dim;
+      const auto pair = static_cast<std::size_t>(n * keys + j);
+      if (critical[pair] != 0) {
+        double dot = 0;
+        for (std::int64_t d = 0; d < dim; ++d) dot += query[d] * key[d];
+        const double p = std::exp(scale * dot);
+        sum += p;
+        for (std::int64_t d = 0; d < value_dim; ++d) sparse[static_cast<std::size_t>(d)] += p * value[d];
+      }
+      if (marked[pair] != 0) {
+        const std::vector<double> phi_k = phi(key);
+        double dot = 0;
+        for (std::int64_t d = 0; d < dim; ++d)
+          dot += phi_q[static_cast<std::size_t>(d)] * phi_k[static_cast<std::size_t>(d)];
+        denominator += dot;
+        for (std::int64_t d = 0; d < value_dim; ++d) linear[static_cast<std::size_t>(d)] += dot * value[d];
+      }
+    }
+    std::vector<double> o(static_cast<std::size_t>(value_dim));
+    for (std::int64_t d = 0; d < value_dim; ++d) {
+      double x = sum > 0 ? sparse[static_cast<std::size_t>(d)] / sum : 0.0;
+      for (std::int64_t e = 0; e < value_dim && denominator > 0; ++e) {
+        x += linear[static_cast<std::size_t>(e)] / denominator * w[static_cast<std::size_t>(e * value_dim + d)];
+      }
+      o[static_cast<std::size_t>(d)] = x + b[static_cast<std::size_t>(d)];
+    }
+    return o;
+  }
+};
+
+/// Classes by definition: tiles ranked by mean query times mean key.
+HeadCase head_case(const AttentionCase& c, const Side& side, std::int64_t s, std::int64_t h, std::int64_t tile_q,
+                   std::int64_t tile_k, double critical, double negligible, bool all, const std::string& map) {
+  const Problem& p = c.problem;
+  HeadCase head;
+  head.queries = p.q_len_of(s);
+  head.keys = p.kv_len_of(s);
+  head.dim = p.head_dim;
+  head.value_dim = p.value_dim;
+  head.scale = p.softmax_scale();
+  head.all = all;
+  head.map = map;
+  for (std::int64_t n = 0; n < head.queries; ++n) {
+    for (std::int64_t d = 0; d < head.dim; ++d) head.q.push_back(c.q(s, h, n, d));
+  }
+  for (std::int64_t j = 0; j < head.keys; ++j) {
+    for (std::int64_t d = 0; d < head.dim; ++d) head.k.push_back(c.k(s, h / p.group(), j, d));
+    for (std::int64_t d = 0; d < head.value_dim; ++d) head.v.push_back(c.v(s, h / p.group(), j, d));
+  }
+  const std::int64_t own = side.heads == 1 ? 0 : h;
+  const std::int64_t square = side.dim * side.dim;
+  head.w.assign(side.projection.begin() + own * square, side.projection.begin() + (own + 1) * square);
+  head.b.assign(side.bias.begin() + own * side.dim, side.bias.begin() + (own + 1) * side.dim);
+  const std::int64_t tiles = (head.keys + tile_k - 1) / tile_k;
+  head.critical.assign(static_cast<std::size_t>(head.queries * head.keys), 0);
+  head.marked.assign(head.critical.size(), all ? 1 : 0);
+  const auto mean = [&](const std::vector<double>& rows, std::int64_t first, std::int64_t last, std::int64_t d) {
+    double sum = 0;
+    for (std::int64_t i = first; i < last; ++i) sum += rows[static_cast<std::size_t>(i * head.dim + d)];
+    return sum / static_cast<double>(last - first);
+  };
+  for (std::int64_t first = 0; first < head.queries; first += tile_q) {
+    const std::int64_t last = std::min(first + tile_q, head.queries);
+    std::vector<std::pair<double, std::int64_t>> ranked;
+    for (std::int64_t j = 0; j < tiles; ++j) {
+      double score = 0;
+      for (std::int64_t d = 0; d < head.dim; ++d) {
+        score += mean(head.q, first, last, d) * mean(head.k, j * tile_k, std::min((j + 1) * tile_k, head.keys), d);
+      }
+      ranked.emplace_back(-score, j);
+    }
+    std::sort(ranked.begin(), ranked.end());
+    const auto best = std::max<std::int64_t>(1, static_cast<std::int64_t>(critical * static_cast<double>(tiles)));
+    const auto worst = std::min(tiles - best, static_cast<std::int64_t>(negligible * static_cast<double>(tiles)));
+    for (std::int64_t i = 0; i < tiles; ++i) {
+      const std::int64_t j = ranked[static_cast<std::size_t>(i)].second;
+      for (std::int64_t n = first; n < last; ++n) {
+        for (std::int64_t key = j * tile_k; key < std::min((j + 1) * tile_k, head.keys); ++key) {
+          const auto pair = static_cast<std::size_t>(n * head.keys + key);
+          if (i < best) head.critical[pair] = 1;
+          if (!all && i >= best && i < tiles - worst) head.marked[pair] = 1;
+        }
+      }
+    }
+  }
+  return head;
+}
+
+struct Spec {
+  std::int64_t tile_q, tile_k;
+  double critical, negligible;
+  bool all;
+  std::string map;
+
+  std::string text() const {
+    return "sla:block_q=" + std::to_string(tile_q) + ",block_k=" + std::to_string(tile_k) +
+           ",critical=" + std::to_string(critical) + ",negligible=" + std::to_string(negligible) +
+           ",scope=" + (all ? "all" : "marginal") + ",map=" + map;
+  }
+};
+
+const std::vector<Spec> kSpecs{{16, 16, 0.3, 0.2, false, "softmax"},
+                               {32, 16, 0.2, 0, false, "elu"},
+                               {16, 32, 0.5, 0.5, false, "softmax"},
+                               {16, 8, 0.1, 0.1, true, "relu"},
+                               {64, 64, 0.05, 0.1, false, "softmax"}};
+
+/// Output of the method, [B, Hq, Nq, Dv] in float.
+struct Run {
+  std::vector<float> o;
+  MutableTensorView view;
+  Plan plan;
+
+  Run(const std::string& spec, const AttentionCase& c, const std::vector<SideTensor>& side, int threads = 0) {
+    const Problem& p = c.problem;
+    const std::int64_t batch = p.variable_length() ? 1 : p.batch;
+    o.resize(static_cast<std::size_t>(batch * p.q_heads * p.q_len * p.value_dim));
+    view = mutable_view_of(o.data(), DType::f32, {batch, p.q_heads, p.q_len, p.value_dim});
+    AttentionInputs inputs = c.inputs;
+    inputs.side = side;
+    PlanContext context;
+    context.run.threads = threads;
+    make_method(spec)->attend(p, inputs, {view, {}}, context, &plan);
+  }
+};
+
+class SlaShapes : public testing::TestWithParam<CaseShape> {};
+
+TEST_P(SlaShapes, IsTheFormula) {
+  const AttentionCase c(bidirectional(GetParam()));
+  const Problem& p = c.problem;
+  const double tolerance = c.shape().dtype == DType::f32 ? 2e-4 : 3e-2;
+  for (const Spec& spec : kSpecs) {
+    for (const bool per_head : {false, true}) {
+      const Side side(p, per_head);
+      const Run run(spec.text(), c, side.tensors());
+      for (std::int64_t s = 0; s < p.batch; ++s) {
+        for (std::int64_t h = 0; h < p.q_heads; ++h) {
+          const HeadCase head =
+              head_case(c, side, s, h, spec.tile_q, spec.tile_k, spec.critical, spec.negligible, spec.all, spec.map);
+          if (head.keys == 0) continue;
+          for (std::int64_t n = 0; n < head.queries; n += 3) {
+            const std::vector<double> expected = head.output(n);
+            const std::byte* row = run.view.row(p.tensor_batch_of(s), h, p.q_begin_of(s) + n);
+            for (std::int64_t d = 0; d < p.value_dim; ++d) {
+              ASSERT_NEAR(load_as_float(row, DType::f32, d), expected[static_cast<std::size_t>(d)], tolerance)
+                  << spec.text() << " " << s << " " << h << " " << n;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Shapes, SlaShapes, testing::ValuesIn(test::all_shapes()),
+                         [](const auto& shape) { return shape.param.name; });
+
+TEST(Sla, WithoutProjectionItIsItsSparseBranch) {
+  const AttentionCase c(bidirectional({.name = "plain", .q_len = 100, .kv_len = 130}));
+  const Run method("sla:block_q=16,block_k=16,critical=0.3", c, {});
+  std::vector<float> o(method.o.size());
+  run(method.plan, c.inputs, {mutable_view_of(o.data(), DType::f32, method.view.shape), {}}, {});
+  EXPECT_EQ(method.o, o);
+  EXPECT_LT(statistics(method.plan).density, 0.4);
+}
+
+TEST(Sla, AllCriticalIsDenseAndHasNoLinearBranch) {
+  const AttentionCase c(bidirectional({.name = "plain", .q_len = 70, .kv_len = 90}));
+  Side side(c.problem, false);
+  side.bias.assign(side.bias.size(), 0.0F);
+  const Run method("sla:block_q=16,block_k=16,critical=1,negligible=0", c, side.tensors());
+  const Run dense("dense", c, {});
+  for (std::size_t i = 0; i < dense.o.size(); ++i) ASSERT_NEAR(method.o[i], dense.o[i], 1e-5);
+}
+
+TEST(Sla, GradientsAreThoseOfTheFormula) {
+  for (const Spec& spec : {Spec{4, 4, 0.34, 0.17, false, "softmax"}, Spec{4, 3, 0.25, 0, false, "elu"},
+                           Spec{5, 4, 0.25, 0, true, "softmax"}}) {
+    const AttentionCase c(bidirectional(
+        {.name = "small", .batch = 2, .q_heads = 4, .kv_heads = 2, .q_len = 10, .kv_len = 23, .head_dim = 6}));
+    const Problem& p = c.problem;
+    for (const bool per_head : {false, true}) {
+      const Side side(p, per_head);
+      AttentionInputs inputs = c.inputs;
+      inputs.side = side.tensors();
+      const auto method = make_method(spec.text());
+      const auto size = [](const std::array<std::int64_t, 4>& s) {
+        return static_cast<std::size_t>(s[0] * s[1] * s[2] * s[3]);
+      };
+      const std::array<std::int64_t, 4> o_shape{p.batch, p.q_heads, p.q_len, p.value_dim};
+      std::vector<float> o(size(o_shape)), lse(size(o_shape) / static_cast<std::size_t>(p.value_dim)), d_o(o.size());
+      for (std::size_t i = 0; i < d_o.size(); ++i) d_o[i] = std::sin(static_cast<float>(i) * 1.3F);
+      const auto o_view = mutable_view_of(o.data(), DType::f32, o_shape);
+      method->attend(p, inputs, {o_view, lse}, {});
+      std::vector<float> d_q(size(inputs.q.shape)), d_k(size(inputs.k.shape)), d_v(size(inputs.v.shape)),
+          d_w(side.projection.size()), d_b(side.bias.size());
+      Gradients gradients;
+      gradients.d_q = mutable_view_of(d_q.data(), DType::f32, inputs.q.shape);
+      gradients.d_k = mutable_view_of(d_k.data(), DType::f32, inputs.k.shape);
+      gradients.d_v = mutable_view_of(d_v.data(), DType::f32, inputs.v.shape);
+      gradients.side = {{"projection", mutable_view_of(d_w.data(), DType::f32, {1, side.heads, side.dim, side.dim})},
+                        {"bias", mutable_view_of(d_b.data(), DType::f32, {1, side.heads, 1, side.dim})}};
+      const SavedForward saved{o_view, lse, view_of(d_o.data(), DType::f32, o_shape), {}};
+      method->backward(p, inputs, saved, gradients, {});
+
+      // Differences of the loss sum(dO * O) of one head; keys, values and shared weights add up over heads.
+      std::vector<double> n_q(d_q.size()), n_k(d_k.size()), n_v(d_v.size()), n_w(d_w.size()), n_b(d_b.size());
+      for (std::int64_t s = 0; s < p.batch; ++s) {
+        for (std::int64_t h = 0; h < p.q_heads; ++h) {
+          HeadCase head =
+              head_case(c, side, s, h, spec.tile_q, spec.tile_k, spec.critical, spec.negligible, spec.all, spec.map);
+          const auto loss = [&] {
+            double sum = 0;
+            for (std::int64_t n = 0; n < head.queries; ++n) {
+              const auto out = head.output(n);
+              for (std::size_t d = 0; d < out.size(); ++d) {
+                sum += out[d] * d_o[static_cast<std::size_t>(((s * p.q_heads + h) * p.q_len + n) * p.value_dim) + d];
+              }
+            }
+            return sum;
+          };
+          const auto differences = [&](std::vector<double>& x, std::vector<double>& gradient, std::int64_t at) {
+            for (std::size_t i = 0; i < x.size(); ++i) {
+              const double before = x[i];
+              x[i] = before + 1e-5;
+              const double above = loss();
+              x[i] = before - 1e-5;
+              gradient[static_cast<std::size_t>(at) + i] += (above - loss()) / 2e-5;
+              x[i] = before;
+            }
+          };
+          const std::int64_t kv = s * p.kv_heads + h / p.group();
+          const std::int64_t own = side.heads == 1 ? 0 : h;
+          differences(head.q, n_q, (s * p.q_heads + h) * p.q_len * p.head_dim);
+          differences(head.k, n_k, kv * p.kv_len * p.head_dim);
+          differences(head.v, n_v, kv * p.kv_len * p.value_dim);
+          differences(head.w, n_w, own * side.dim * side.dim);
+          differences(head.b, n_b, own * side.dim);
+        }
+      }
+      const auto expect_near = [&](const std::vector<float>& actual, const std::vector<double>& expected,
+                                   const std::string& what) {
+        for (std::size_t i = 0; i < actual.size(); ++i) {
+          ASSERT_NEAR(actual[i], expected[i], 2e-3 * (1 + std::fabs(expected[i])))
+              << spec.text() << " " << what << " " << i;
+        }
+      };
+      expect_near(d_q, n_q, "d_q");
+      expect_near(d_k, n_k, "d_k");
+      expect_near(d_v, n_v, "d_v");
+      expect_near(d_w, n_w, "d_projection");
+      expect_near(d_b, n_b, "d_bias");
+    }
+  }
+}
+
+TEST(Sla, DoesNotDependOnThreads) {
+  const AttentionCase c(bidirectional({.name = "plain", .q_heads = 4, .kv_heads = 2, .q_len = 200, .kv_len = 300}));
+  const Side side(c.problem, true);
+  EXPECT_EQ(Run("sla:block_q=16,block_k=16", c, side.tensors(), 1).o,
+            Run("sla:block_q=16,block_k=16", c, side.tensors(), 3).o);
+}
+
+TEST(Sla, RefusesWhatItIsNotDefinedFor) {
+  const AttentionCase causal({.name = "causal", .q_len = 30, .kv_len = 30});
+  EXPECT_THROW(Run("sla", causal, {}), Error);
+  EXPECT_THROW(make_method("sla:critical=0.7,negligible=0.5"), Error);
+  const AttentionCase c(bidirectional({.name = "plain", .q_len = 30, .kv_len = 30}));
+  std::vector<SideTensor> wrong = Side(c.problem, false).tensors();
+  wrong[0].view.shape[2] -= 1;
+  EXPECT_THROW(Run("sla", c, wrong), Error);
+}
+
+}  // namespace
+}  // namespace tessera
