@@ -126,6 +126,10 @@ void check_mask_size(const Problem& problem) {
 void run_attend(const Options& options) {
   const RunOptions run_options = run_options_of(options.run);
   const std::unique_ptr<const Method> method = make_method(options.method);
+  const bool has_plan = method->info().has_plan;
+  for (const auto& [flag, value] : {std::pair{"--plan-out", &options.plan_out}, {"--mask-out", &options.mask_out}}) {
+    require(has_plan || value->empty(), "{}: method '{}' is a recurrence and has no plan", flag, method->info().name);
+  }
   const SafetensorsFile file = SafetensorsFile::open(options.qkv);
   std::array<std::vector<std::byte>, 3> storage;
   AttentionInputs inputs;
@@ -149,7 +153,7 @@ void run_attend(const Options& options) {
   Answer answer(problem, inputs.q.dtype);
   Plan plan;
   const RunReport report = method->attend(problem, inputs, answer.outputs(), context, &plan);
-  const PlanStatistics stats = statistics(plan);
+  const PlanStatistics stats = has_plan ? statistics(plan) : PlanStatistics{};
 
   nlohmann::ordered_json json{{"method", method->info().name},
                               {"density", stats.density},
@@ -157,7 +161,8 @@ void run_attend(const Options& options) {
                               {"kernel_ms", report.kernel_ms}};
   if (options.compare) {
     const OutputError error = compare_with_dense(problem, inputs, answer, run_options.threads);
-    json["error"] = {{"rel_l2", error.rel_l2}, {"max_abs", error.max_abs}, {"softmax_mass", error.softmax_mass}};
+    json["error"] = {{"rel_l2", error.rel_l2}, {"max_abs", error.max_abs}};
+    if (has_plan) json["error"]["softmax_mass"] = error.softmax_mass;  // a recurrence has no softmax
   }
   if (!options.mask_out.empty()) write_mask(options.mask_out, plan);
   if (!options.plan_out.empty()) save(plan, options.plan_out);
@@ -169,11 +174,12 @@ void run_attend(const Options& options) {
   }
   fmt::print("{} {}: {} kernel, {}, {} threads; plan {:.3f} ms, kernel {:.3f} ms\n{}", method->info().name,
              method->parameters(), name_of(report.kernel), name_of(report.isa), report.threads, report.plan_ms,
-             report.kernel_ms, explain(plan));
+             report.kernel_ms, has_plan ? explain(plan) : "recurrence, no plan\n");
   if (options.compare) {
-    fmt::print("against dense float64: relative L2 {:.4g}, largest {:.4g}, softmax mass {:.4f}\n",
-               json["error"]["rel_l2"].get<double>(), json["error"]["max_abs"].get<double>(),
-               json["error"]["softmax_mass"].get<double>());
+    fmt::print("against dense float64: relative L2 {:.4g}, largest {:.4g}", json["error"]["rel_l2"].get<double>(),
+               json["error"]["max_abs"].get<double>());
+    if (has_plan) fmt::print(", softmax mass {:.4f}", json["error"]["softmax_mass"].get<double>());
+    fmt::print("\n");
   }
 }
 

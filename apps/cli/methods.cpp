@@ -36,12 +36,19 @@ nlohmann::ordered_json to_json(const ParameterInfo& parameter) {
   return json;
 }
 
+nlohmann::ordered_json to_json(const SideInputInfo& side) {
+  return {{"name", side.name},       {"shape", shape_text(side)}, {"required", side.required},
+          {"minimum", side.minimum}, {"maximum", side.maximum},   {"description", side.description}};
+}
+
 nlohmann::ordered_json to_json(const MethodEntry& entry) {
+  nlohmann::ordered_json side = nlohmann::ordered_json::array();
+  for (const SideInputInfo& input : entry.info.side) side.push_back(to_json(input));
   nlohmann::ordered_json parameters = nlohmann::ordered_json::array();
   for (const ParameterInfo& parameter : entry.parameters) parameters.push_back(to_json(parameter));
-  return {{"name", entry.info.name},          {"family", entry.info.family},           {"summary", entry.info.summary},
-          {"paper", entry.info.paper},        {"phases", names_of(entry.info.phases)}, {"parameters", parameters},
-          {"own_cache", entry.info.own_cache}};
+  return {{"name", entry.info.name},   {"family", entry.info.family},           {"summary", entry.info.summary},
+          {"paper", entry.info.paper}, {"phases", names_of(entry.info.phases)}, {"parameters", parameters},
+          {"side_inputs", side},       {"has_plan", entry.info.has_plan},       {"own_cache", entry.info.own_cache}};
 }
 
 std::string range_of(const ParameterInfo& parameter) {
@@ -56,6 +63,10 @@ void print_method(const MethodEntry& entry) {
   fmt::print("{} ({}; {}{})\n  {}\n", entry.info.name, entry.info.family, fmt::join(names_of(entry.info.phases), ", "),
              entry.info.own_cache ? "; own cache" : "", entry.info.summary);
   if (!entry.info.paper.empty()) fmt::print("  {}\n", entry.info.paper);
+  for (const SideInputInfo& side : entry.info.side) {
+    fmt::print("  side input {} {}{}\n      {}\n", side.name, shape_text(side), side.required ? "" : " (optional)",
+               side.description);
+  }
   for (const ParameterInfo& parameter : entry.parameters) {
     fmt::print("  {}={} ({})\n      {}\n", parameter.name, parameter.default_value, range_of(parameter),
                parameter.description);

@@ -141,6 +141,7 @@ struct RunReport {
   std::size_t workspace_bytes = 0;  ///< packed keys and values plus the scratch of all threads
   double plan_ms = 0;               ///< wall time of choosing the plan; filled by Method::attend
   double kernel_ms = 0;             ///< wall time of running it; filled by run()
+  double flops = 0;                 ///< arithmetic of a method without plan; 0: it follows from the plan
 };
 
 /// Runs a plan. Throws Error when the tensors do not fit the plan's problem. Results do not depend on the number of

@@ -91,6 +91,9 @@ struct RecurrentOptions {
 void run_recurrent(const RecurrentProblem& problem, const RecurrentInputs& inputs, std::span<float> state,
                    const MutableTensorView& o, const RecurrentOptions& options = {});
 
+/// Floating-point operations of the products of the chunked form, triangles counted half.
+double recurrent_flops(const RecurrentProblem& problem, bool delta, std::int64_t chunk);
+
 /// Gradients to compute; a view without data is not wanted. Shapes are those of the inputs, f32, bf16 or f16.
 struct RecurrentGradients {
   MutableTensorView q = {};

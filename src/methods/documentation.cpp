@@ -42,6 +42,14 @@ std::string methods_markdown() {
     if (!entry.info.paper.empty()) text += fmt::format("Source: {}. ", entry.info.paper);
     text += fmt::format("Phases: {}.{}\n", phases_of(entry.info.phases),
                         entry.info.own_cache ? " Keeps keys and values its own way." : "");
+    if (!entry.info.has_plan) text += "\nA recurrence: it has no plan, and its state carries over from call to call.\n";
+    if (!entry.info.side.empty()) {
+      text += "\n| side input | shape | needed | meaning |\n|---|---|---|---|\n";
+      for (const SideInputInfo& side : entry.info.side) {
+        text += fmt::format("| `{}` | {} | {} | {} |\n", side.name, shape_text(side), side.required ? "yes" : "no",
+                            side.description);
+      }
+    }
     if (entry.parameters.empty()) continue;
     text += "\n| parameter | type | default | values | meaning |\n|---|---|---|---|---|\n";
     for (const ParameterInfo& parameter : entry.parameters) {

@@ -30,6 +30,11 @@ struct TokenRange {
   std::int64_t count = 0;
 };
 
+/// "4 or 2", or "4" when both are.
+std::string either(std::int64_t a, std::int64_t b) {
+  return a == b ? fmt::format("{}", a) : fmt::format("{} or {}", a, b);
+}
+
 /// What a call adds to the states.
 struct CallTokens {
   std::vector<std::int64_t> skip;  ///< per sequence: keys that its state has seen
@@ -270,9 +275,9 @@ const TensorView* SideReader::optional_rows(std::string_view name, std::int64_t 
           name_of(view.dtype));
   require(view.data != nullptr && view.batch() == batch_ && heads && length && view.dim() == width &&
               (view.strides[3] == 1 || width == 1),
-          "{}: side input '{}' has shape [{}]; expected [{}, {} or {}, {} or {}, {}] (batch, heads, tokens, dim)",
-          method_, name, fmt::join(given->shape, ", "), batch_, problem_.q_heads, problem_.kv_heads, first_ + tokens_,
-          tokens_, width);
+          "{}: side input '{}' has shape [{}]; expected [{}, {}, {}, {}] (batch, heads, tokens, dim)", method_, name,
+          fmt::join(given->shape, ", "), batch_, either(problem_.q_heads, problem_.kv_heads),
+          either(first_ + tokens_, tokens_), width);
   if (view.tokens() != tokens_) view = cut(view, first_);
   return &views_.insert_or_assign(std::string(name), view).first->second;
 }
@@ -438,6 +443,7 @@ RunReport attend_recurrent(const RecurrentLayer& layer, const Problem& problem, 
   report.kernel = context.run.kernel == KernelKind::reference ? KernelKind::reference : KernelKind::automatic;
   report.isa = options.isa.value_or(default_isa());
   report.threads = thread_count(threads);
+  report.flops = recurrent_flops(recurrent, given.beta.data != nullptr, options.chunk);
   report.kernel_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   return report;
 }

@@ -290,6 +290,21 @@ std::vector<std::int64_t> longest_first(const std::vector<HeadJob>& jobs) {
 
 namespace tessera {
 
+double recurrent_flops(const RecurrentProblem& problem, bool delta, std::int64_t chunk) {
+  double flops = 0;
+  const auto keys = static_cast<double>(problem.head_dim);
+  const auto values = static_cast<double>(problem.value_dim);
+  const auto width = static_cast<double>(chunk);
+  for (std::int64_t s = 0; s < problem.batch; ++s) {
+    const recurrent::SequenceRange range = recurrent::range_of(problem, s);
+    // Per query: q S, q K^T, A VN. Per token: K^T VN; with the delta rule k S, k K^T and the inverse times values.
+    flops += static_cast<double>(range.queries) * (2 * keys * values + width * (keys + values));
+    flops += static_cast<double>(range.tokens) * 2 * keys * values;
+    if (delta) flops += static_cast<double>(range.tokens) * (2 * keys * values + width * (keys + values));
+  }
+  return flops * static_cast<double>(problem.heads);
+}
+
 void RecurrentProblem::validate() const {
   using recurrent::check_offsets;
   const auto at_least = [](std::string_view name, std::int64_t value, std::int64_t minimum, std::int64_t maximum) {

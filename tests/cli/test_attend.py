@@ -115,6 +115,25 @@ class JsonTest(CommandLineTest):
         self.succeed("attend", "--qkv", path, "--method", "streaming", "--causal", "--plan-out", "plan.safetensors")
         self.assertIn("entry_begin", " ".join(read_names(self.directory / "plan.safetensors")))
 
+    def test_recurrence(self):
+        # Unit keys e_0, e_1, ...: with beta 1 and no decay a query that equals a key reads its value.
+        unit = encode("F32", [1.0 if d == n else 0.0 for n in range(8) for d in range(8)])
+        v = normal_tensor(3, (1, 1, 8, 8))
+        tensors = {"q": ("F32", [1, 1, 8, 8], unit), "k": ("F32", [1, 1, 8, 8], unit), "v": v}
+        tensors["g"] = ("F32", [1, 1, 8], encode("F32", [0.0] * 8))
+        tensors["beta"] = ("F32", [1, 1, 8], encode("F32", [1.0] * 8))
+        path = self.write("recurrent.safetensors", safetensors_bytes(tensors))
+        arguments = ["attend", "--qkv", path, "--method", "gated-deltanet", "--causal", "--scale", "1"]
+        report = self.succeed_json(*arguments, "--compare", "--out", "o.safetensors")
+        self.assertEqual(report["density"], 0)
+        self.assertNotIn("softmax_mass", report["error"])
+        o = read_safetensors(self.directory / "o.safetensors")["o"][2]
+        self.assertLess(max(abs(a - b) for a, b in zip(o, decode(v))), 1e-4)
+        self.assertIn("no plan", self.succeed(*arguments))
+        for flag in ("--plan-out", "--mask-out"):
+            self.refuse(*arguments, flag, "x", saying="is a recurrence and has no plan")
+        self.refuse(*arguments[:4], "kda", "--causal", saying="side input 'g' has shape")
+
     def test_text(self):
         text = self.succeed("attend", "--qkv", self.write_qkv(), "--compare")
         self.assertIn("dense", text)

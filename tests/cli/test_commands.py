@@ -144,6 +144,15 @@ class BenchTest(CommandLineTest):
         text = self.succeed("bench", "attention", *self.small, "--method", "moba", "--phase", "backward", "--causal")
         self.assertIn("of that fraction", text)
 
+    def test_recurrence(self):
+        for method in ("lightning2", "gated-deltanet", "kda"):
+            for phase in (("--causal",), ("--phase", "decode")):
+                result = self.succeed_json("bench", "attention", *self.small, "--method", method, *phase)
+                self.assertEqual(list(result)[: len(BENCH_KEYS)], BENCH_KEYS)
+                self.assertEqual(result["density"], 0)
+                for key in ("gflops", "tokens_per_second", "ratio_to_dense"):
+                    self.assertGreater(result[key], 0, (method, key))
+
     def test_data_kinds(self):
         self.check("--method", "streaming", "--data", "heads-llm", "--causal")
 

@@ -84,7 +84,9 @@ bool may_be_empty(const std::string& spec, const AttentionCase& input) {
 /// The sparse specs, and every registered method with its defaults.
 std::vector<std::string> specs_to_hold() {
   std::vector<std::string> specs = kSparseSpecs;
-  for (const MethodEntry& entry : methods()) specs.push_back(entry.info.name);
+  for (const MethodEntry& entry : methods()) {
+    if (entry.info.has_plan) specs.push_back(entry.info.name);
+  }
   return specs;
 }
 

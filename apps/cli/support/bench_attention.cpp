@@ -3,8 +3,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
+#include <deque>
 #include <memory>
 #include <optional>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -141,6 +145,63 @@ class Subject {
   const RunReport& report() const { return report_; }
   /// Whether outputs can be checked against the plan: not those of methods with branches or corrections.
   bool verifiable() const { return plan_.sources.size() == 1 && (method_ == nullptr || method_->runs_its_plan()); }
+  bool has_plan() const { return method_ == nullptr || method_->info().has_plan; }
+
+  /// Random tensors for the side inputs that the method needs, with values in the range that it declares.
+  void add_side_inputs(AttentionInputs& inputs, std::uint64_t seed) {
+    if (method_ == nullptr) return;
+    std::mt19937_64 random(seed);
+    for (const SideInputInfo& side : method_->info().side) {
+      if (!side.required) continue;
+      const std::array<std::int64_t, 4> shape = side_shape(side, problem_);
+      std::vector<float>& values = side_values_.emplace_back();
+      values.resize(static_cast<std::size_t>(shape[0] * shape[1] * shape[2] * shape[3]));
+      std::uniform_real_distribution<float> uniform(static_cast<float>(side.minimum), static_cast<float>(side.maximum));
+      for (float& x : values) x = uniform(random);
+      inputs.side.push_back({side.name, view_of(values.data(), DType::f32, shape)});
+    }
+  }
+
+  /// Compares a recurrence on its first tokens with itself in float64. Throws Error when it is wrong.
+  void verify_recurrence(const AttentionInputs& inputs) {
+    Problem part = problem_;
+    constexpr std::int64_t most_tokens = 256;
+    part.kv_len = std::min(problem_.kv_len, most_tokens);
+    part.q_len = std::min(problem_.q_len, part.kv_len);
+    AttentionInputs first = inputs;
+    first.q.shape[2] = part.q_len;
+    first.k.shape[2] = first.v.shape[2] = part.kv_len;
+    for (const SideInputInfo& side : method_->info().side) {
+      const auto at = std::find(side.axes.begin(), side.axes.end(), SideAxis::tokens);
+      for (SideTensor& tensor : first.side) {
+        if (tensor.name == side.name && at != side.axes.end()) {
+          tensor.view.shape.at(static_cast<std::size_t>(4 - (side.axes.end() - at))) = part.kv_len;
+        }
+      }
+    }
+    const auto answer = [&](KernelKind kernel) {
+      PlanContext context = context_;
+      context.run.kernel = kernel;
+      std::vector<float> o(static_cast<std::size_t>(part.q_heads * part.q_len * part.value_dim));
+      const AttentionOutputs outputs{
+          mutable_view_of(o.data(), DType::f32, {1, part.q_heads, part.q_len, part.value_dim}), {}};
+      method_->attend(part, first, outputs, context);
+      return o;
+    };
+    const std::vector<float> expected = answer(KernelKind::reference);
+    const std::vector<float> actual = answer(context_.run.kernel);
+    double error = 0;
+    double size = 0;
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      error += std::pow(static_cast<double>(actual[i]) - expected[i], 2);
+      size += std::pow(static_cast<double>(expected[i]), 2);
+    }
+    const double relative = std::sqrt(error / std::max(size, 1e-300));
+    constexpr double allowed = 1e-4;
+    require(relative <= allowed,
+            "{}: wrong answer; against its float64 form on {} tokens the relative L2 error is {:.3g}; allowed {:.3g}",
+            name_, part.kv_len, relative, allowed);
+  }
 
   Times execute(const AttentionInputs& inputs, const AttentionOutputs& outputs) {
     if (method_ == nullptr) {
@@ -149,6 +210,7 @@ class Subject {
     }
     const std::unique_ptr<MethodState> state = method_->new_state();
     context_.state = state.get();
+    if (!has_plan() && problem_.q_len < problem_.kv_len) see_earlier_tokens(inputs, outputs);
     report_ = method_->attend(problem_, inputs, outputs, context_, &plan_);
     context_.state = nullptr;
     return {report_.plan_ms, report_.kernel_ms};
@@ -162,8 +224,27 @@ class Subject {
   }
 
  private:
+  /// Decoding with a recurrence begins with a state that has seen what precedes the queries; that is not measured.
+  void see_earlier_tokens(AttentionInputs inputs, AttentionOutputs outputs) {
+    Problem earlier = problem_;
+    earlier.kv_len -= problem_.q_len;
+    earlier.q_len = inputs.q.shape[2] = outputs.o.shape[2] = 0;
+    inputs.k.shape[2] = inputs.v.shape[2] = earlier.kv_len;
+    for (const SideInputInfo& side : method_->info().side) {
+      const auto at = std::find(side.axes.begin(), side.axes.end(), SideAxis::tokens);
+      for (SideTensor& tensor : inputs.side) {
+        if (tensor.name == side.name && at != side.axes.end()) {
+          tensor.view.shape.at(static_cast<std::size_t>(4 - (side.axes.end() - at))) = earlier.kv_len;
+        }
+      }
+    }
+    outputs.lse = {};
+    method_->attend(earlier, inputs, outputs, context_);
+  }
+
   Problem problem_;
   PlanContext context_;
+  std::deque<std::vector<float>> side_values_;
   std::unique_ptr<const Method> method_;
   std::string name_;
   nlohmann::ordered_json parameters_;
@@ -177,9 +258,9 @@ struct Peaks {
   double gflops = 0;
   double gbps = 0;
 
-  void measure(Isa isa, DType dtype, int threads) {
-    // The kernels compute bf16 with dot products where the machine has them, all else in f32.
-    const DType compute = isa == Isa::avx512_bf16 && dtype == DType::bf16 ? DType::bf16 : DType::f32;
+  void measure(Isa isa, DType dtype, int threads, bool recurrence) {
+    // The kernels compute bf16 with dot products where the machine has them, all else, and recurrences, in f32.
+    const DType compute = isa == Isa::avx512_bf16 && dtype == DType::bf16 && !recurrence ? DType::bf16 : DType::f32;
     gflops = std::max(gflops, kernels::measure_peak_gflops(isa, compute, threads));
     gbps = std::max(gbps, kernels::measure_read_bandwidth(threads));
   }
@@ -276,7 +357,7 @@ Result measure(const Options& options, const Problem& problem, Subject& subject,
   const int threads = thread_count(run_options.threads);
 
   fmt::print(stderr, "peaks ...\n");
-  result.peaks.measure(*run_options.isa, dtype, threads);
+  result.peaks.measure(*run_options.isa, dtype, threads, !subject.has_plan());
   fmt::print(stderr, "data ({}) ...\n", options.data);
   HeadOptions head_options = head_options_of(options, problem);
   head_options.threads = threads;
@@ -290,6 +371,7 @@ Result measure(const Options& options, const Problem& problem, Subject& subject,
   inputs.q = data.q();
   inputs.k = k.view();
   inputs.v = v.view();
+  subject.add_side_inputs(inputs, options.seed);
   const AttentionOutputs outputs{
       mutable_view_of(o.data(), dtype, {1, problem.q_heads, problem.q_len, problem.value_dim}), lse};
   result.inputs_outputs_mb =
@@ -304,8 +386,12 @@ Result measure(const Options& options, const Problem& problem, Subject& subject,
   subject.execute(inputs, outputs);
   result.peak_rss_mb = peak_memory_mb();
   result.extra_mb = result.peak_rss_mb - resident_mb;
-  if (subject.verifiable()) verify_samples(subject.name(), subject.plan(), inputs, outputs);
-  result.statistics = statistics(subject.plan());
+  if (!subject.has_plan()) {
+    subject.verify_recurrence(inputs);
+  } else {
+    if (subject.verifiable()) verify_samples(subject.name(), subject.plan(), inputs, outputs);
+    result.statistics = statistics(subject.plan());
+  }
   if (options.phase == "backward") {
     measure_backward(options, dense, dense_options, inputs, outputs, subject, result);
     result.peaks.measure(*run_options.isa, dtype, threads);
@@ -325,7 +411,7 @@ Result measure(const Options& options, const Problem& problem, Subject& subject,
     fmt::print(stderr, "{}/{}: {} {:.2f} ms (plan {:.2f} ms), dense {:.2f} ms\n", i + 1, options.repeats,
                subject.name(), kernel_ms.back(), plan_ms.back(), dense_ms.back());
   }
-  result.peaks.measure(*run_options.isa, dtype, threads);
+  result.peaks.measure(*run_options.isa, dtype, threads, !subject.has_plan());
   result.report = subject.report();
   result.plan_ms = spread_of(plan_ms);
   result.kernel_ms = spread_of(kernel_ms);
@@ -340,37 +426,40 @@ nlohmann::ordered_json to_json(const Options& options, const Subject& subject, c
   const double pairs = static_cast<double>(result.statistics.planned_pairs);
   const double forward_flops = 2.0 * pairs * static_cast<double>(problem.head_dim + problem.value_dim);
   // S, dQ and dK are products over head_dim, dP and dV over value_dim.
-  const double flops =
+  const double planned_flops =
       backward ? 2.0 * pairs * static_cast<double>(3 * problem.head_dim + 2 * problem.value_dim) : forward_flops;
+  const double flops = subject.has_plan() ? planned_flops : result.report.flops;
   // The statistics count keys and values at two bytes an element.
   const double bytes = result.statistics.kv_bytes / 2 * static_cast<double>(size_of(dtype_from_name(options.dtype)));
   const double gflops = flops / seconds / 1e9;
   const double gbps = bytes / seconds / 1e9;
   const double ratio = result.kernel_ms.median / result.dense_ms.median;
-  nlohmann::ordered_json json = {{"method", subject.name()},
-                                 {"params", subject.parameters()},
-                                 {"isa", name_of(result.report.isa)},
-                                 {"threads", result.report.threads},
-                                 {"dtype", options.dtype},
-                                 {"density", result.statistics.density},
-                                 {"plan_ms", to_json(result.plan_ms)},
-                                 {"kernel_ms", to_json(result.kernel_ms)},
-                                 {"gflops", gflops},
-                                 {"peak_gflops", result.peaks.gflops},
-                                 {"fraction_of_peak", gflops / result.peaks.gflops},
-                                 {"dense_ms", to_json(result.dense_ms)},
-                                 {"ratio_to_dense", ratio},
-                                 {"gbps", gbps},
-                                 {"peak_gbps", result.peaks.gbps},
-                                 {"fraction_of_bandwidth", gbps / result.peaks.gbps},
-                                 {"kernel", name_of(result.report.kernel)},
-                                 {"executed_density", result.statistics.executed_density},
-                                 {"ratio_to_density_times_dense", ratio / result.statistics.density},
-                                 {"plan_to_dense", result.plan_ms.median / result.dense_ms.median},
-                                 {"peak_rss_mb", result.peak_rss_mb},
-                                 {"inputs_outputs_mb", result.inputs_outputs_mb},
-                                 {"extra_mb", result.extra_mb},
-                                 {"workspace_mb", static_cast<double>(result.report.workspace_bytes) / 1e6}};
+  nlohmann::ordered_json json = {
+      {"method", subject.name()},
+      {"params", subject.parameters()},
+      {"isa", name_of(result.report.isa)},
+      {"threads", result.report.threads},
+      {"dtype", options.dtype},
+      {"density", result.statistics.density},
+      {"plan_ms", to_json(result.plan_ms)},
+      {"kernel_ms", to_json(result.kernel_ms)},
+      {"gflops", gflops},
+      {"peak_gflops", result.peaks.gflops},
+      {"fraction_of_peak", gflops / result.peaks.gflops},
+      {"dense_ms", to_json(result.dense_ms)},
+      {"ratio_to_dense", ratio},
+      {"gbps", gbps},
+      {"peak_gbps", result.peaks.gbps},
+      {"fraction_of_bandwidth", gbps / result.peaks.gbps},
+      {"kernel", name_of(result.report.kernel)},
+      {"executed_density", result.statistics.executed_density},
+      {"ratio_to_density_times_dense", subject.has_plan() ? ratio / result.statistics.density : 0},
+      {"tokens_per_second", static_cast<double>(problem.q_len) / seconds},
+      {"plan_to_dense", result.plan_ms.median / result.dense_ms.median},
+      {"peak_rss_mb", result.peak_rss_mb},
+      {"inputs_outputs_mb", result.inputs_outputs_mb},
+      {"extra_mb", result.extra_mb},
+      {"workspace_mb", static_cast<double>(result.report.workspace_bytes) / 1e6}};
   if (backward) {
     const double forward_gflops = forward_flops / (result.forward_ms.median / 1e3) / 1e9;
     json["forward_ms"] = to_json(result.forward_ms);
@@ -388,12 +477,21 @@ void print_text(const nlohmann::ordered_json& json) {
   fmt::print("{} {}\n", json["method"].get<std::string>(), json["params"].dump());
   fmt::print("  {} kernel, {}, {} threads, {}\n", json["kernel"].get<std::string>(), json["isa"].get<std::string>(),
              json["threads"].get<int>(), json["dtype"].get<std::string>());
-  fmt::print("  density    {:.4f} (executed {:.4f})\n", number("density"), number("executed_density"));
-  fmt::print("  plan       {}, {:.2f} % of dense\n", spread("plan_ms"), 100 * number("plan_to_dense"));
+  const bool has_plan = number("density") > 0;
+  if (has_plan) {
+    fmt::print("  density    {:.4f} (executed {:.4f})\n", number("density"), number("executed_density"));
+    fmt::print("  plan       {}, {:.2f} % of dense\n", spread("plan_ms"), 100 * number("plan_to_dense"));
+  } else {
+    fmt::print("  recurrence {:.0f} tokens/s\n", number("tokens_per_second"));
+  }
   fmt::print("  kernel     {}\n", spread("kernel_ms"));
   fmt::print("  dense      {}\n", spread("dense_ms"));
-  fmt::print("  ratio      {:.4f} of dense = {:.3f} x density x dense\n", number("ratio_to_dense"),
-             number("ratio_to_density_times_dense"));
+  if (has_plan) {
+    fmt::print("  ratio      {:.4f} of dense = {:.3f} x density x dense\n", number("ratio_to_dense"),
+               number("ratio_to_density_times_dense"));
+  } else {
+    fmt::print("  ratio      {:.4f} of dense\n", number("ratio_to_dense"));
+  }
   fmt::print("  arithmetic {:.1f} GFLOP/s, {:.1f} % of the peak {:.1f}\n", number("gflops"),
              100 * number("fraction_of_peak"), number("peak_gflops"));
   fmt::print("  memory     {:.2f} GB/s of keys and values, {:.1f} % of the peak {:.2f}\n", number("gbps"),

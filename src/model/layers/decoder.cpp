@@ -110,7 +110,7 @@ void Decoder::attend(std::int64_t layer_index, LayerCache& cache, const Attentio
   const PlanContext context{.layer = layer_index, .layers = config_.layers, .state = call.state, .run = call.run};
   const RunReport report = cache.attend(cache_call, context);
   attention_ms += report.plan_ms + report.kernel_ms;
-  if (call.on_plan) call.on_plan(layer_index, plan);
+  if (call.on_plan && call.method->info().has_plan) call.on_plan(layer_index, plan);
   if (call.prompt_ends) cache.finish_prefill(context);
 }
 
