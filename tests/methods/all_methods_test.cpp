@@ -24,6 +24,7 @@ const std::vector<std::string> kSparseSpecs{"dense",
                                             "xattention:stride=8,tau=0.6,block=32",
                                             "xattention:stride=16,tau=0.3,block=64,dense_below=50",
                                             "minference:v=5,sl=5",
+                                            "moa:alpha=-100,beta=0.5",
                                             "psa:block_q=32,block_k=32,end_1=0.2,end_2=0.4",
                                             "psa:block_q=64,block_k=16,rule=topk,end_1=0.1,sample=2",
                                             "gna:window=20,stride=8",
@@ -47,6 +48,7 @@ const std::vector<std::string> kFullSpecs{"dense",
                                           "xattention:tau=1",
                                           "xattention:tau=1,stride=1,block=16",
                                           "xattention:tau=0,dense_below=1000000",
+                                          "moa:alpha=0,beta=1",
                                           "draft:sparsity=0",
                                           "pisa:density=1",
                                           "pisa:density=1,block=16,value_aware=false",
@@ -60,9 +62,10 @@ const std::vector<std::string> kFullSpecs{"dense",
                                           "minference:pattern=stream_llm,n_init=0,n_local=100000",
                                           "minference:pattern=block_sparse,k=100000"};
 
-/// MInference is defined for causal attention only, PISA and DraftAttention for bidirectional attention,
+/// MInference and MoA are defined for causal attention only, PISA and DraftAttention for bidirectional attention,
 /// and they say so.
 bool refuses(const std::string& spec, const AttentionCase& input) {
+  if (spec.starts_with("moa")) return !input.problem.causal;
   if (spec.starts_with("pisa") || spec.starts_with("draft")) return input.problem.causal;
   return spec.starts_with("minference") && spec.find("dense_layers") == std::string::npos && !input.problem.causal;
 }
