@@ -62,7 +62,8 @@ class MethodsTest(CommandLineTest):
         listed = self.succeed_json("methods")
         self.assertLessEqual(METHODS, {method["name"] for method in listed})
         for method in listed:
-            self.assertEqual(list(method), ["name", "family", "summary", "paper", "phases", "parameters", "own_cache"])
+            keys = ["name", "family", "summary", "paper", "phases", "parameters", "side_inputs", "has_plan", "own_cache"]
+            self.assertEqual(list(method), keys)
             self.assertLessEqual(set(method["phases"]), {"prefill", "decode", "backward"})
             self.assertTrue(method["phases"])
             for parameter in method["parameters"]:
