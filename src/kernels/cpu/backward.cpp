@@ -426,6 +426,7 @@ std::size_t backward_scratch_bytes(const BackwardShape& shape) {
 
 void place_backward_scratch(const BackwardShape& shape, std::byte* memory, BackwardScratch& scratch) {
   carve(shape, memory, scratch);
+  std::fill_n(scratch.spare_rows, (kGroupKeys + 1) * shape.row_floats, 0.0F);
 }
 
 std::size_t run_cpu_backward(const BackwardCall& backward, const LevelKernels& level, bool key_major) {
