@@ -1,0 +1,728 @@
+// Three branches per query: compressed blocks of all keys, the best blocks in full, and a window; added by gates.
+//
+// Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention (arXiv:2502.11089).
+// 1. Compression: token t stands for keys [t * stride, t * stride + length), by mean or by learned weights with learned
+//    positions inside the block. Keys are compressed before RoPE where `k_compress` gives them so, and rotated to the
+//    first position of their block afterwards; else the keys as they are. The ragged tail is not compressed.
+// 2. Compressed branch: softmax over the tokens that end at or before the query. None visible: output 0.
+// 3. Importance of a selection block: the compressed probabilities of the tokens that overlap it, weighted by shared
+//    strides, summed over the query heads of the group, so that these choose the same blocks.
+// 4. Selected branch: the top_k most important blocks per query, the first `init` and the `local` blocks that end with
+//    the query's own always among them and counted, causal inside the own block.
+// 5. Window branch: the last `window` keys, the query's own among them.
+// 6. O = sum over the branches of sigmoid(gate) * O_branch, one gate per token, query head and branch.
+//
+// Backward: the selection is a constant. Selected and window branch: the plan's backward pass under the gated output
+// gradient. Compressed branch: the same over the compressed keys, then through RoPE and compression to keys, weights
+// and positions. Branch outputs are computed again instead of stored. A compressed token that is rounded to 16 bits
+// passes its gradient on as if it were not.
+//
+// Differs from the paper: independent keys and values of the branches are optional (side inputs), as in open versions;
+// blocks after the query's own are left out of the top-k instead of dropped after it, which selects the same since
+// their importance is 0 and ties go to the earlier block. Without causality all compressed tokens are visible and the
+// window is symmetric. outputs.lse is that of the selected branch: a gated sum has none of its own.
+//
+// Decoding: a state keeps the compressed tokens of every layer, and each call adds those that its new keys complete.
+//
+// Side inputs, all optional unless `compress` needs them (Hkv kv heads, l = length; any attention dtype):
+//   gate_logits [B, Hq, Nq, 3]: compressed, selected, window; absent: 0. gate_bias_* is added.
+//   k_compress [B, Hkv, Nk, D], v_compress [B, Hkv, Nk, Dv]: what is compressed; k_compress before RoPE.
+//   k_window, v_window: keys (after RoPE) and values of the window branch.
+//   positions_k [1, Hkv, l, D], positions_v [1, Hkv, l, Dv]: added to the rows of every block.
+//   pool: pool_k, pool_v [1, Hkv, l, 1]. linear: linear_k [1, Hkv, l*D, D], linear_v [1, Hkv, l*Dv, Dv].
+//   mlp: hidden_k [1, Hkv, l*D, H], output_k [1, Hkv, H, D], hidden_v, output_v likewise; ReLU between, no bias.
+// Gradients under the same names are written where they are asked for.
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cmath>
+#include <map>
+
+#include "core/convert.h"
+#include "core/error.h"
+#include "core/parallel.h"
+#include "kernels/key_rows.h"
+#include "methods/registry.h"
+#include "score/block_compression.h"
+#include "score/block_importance.h"
+#include "score/exponential.h"
+#include "score/plan_rows.h"
+#include "score/product.h"
+#include "score/query_blocks.h"
+#include "score/row_access.h"
+#include "score/top_k.h"
+
+namespace tessera {
+namespace {
+
+using score::BlockCompression;
+using score::CompressionKind;
+using score::CompressionWeights;
+
+constexpr std::size_t kBranches = 3;
+enum Branch : std::size_t { kCompressed, kSelected, kWindow };
+
+std::int64_t elements_of(const std::array<std::int64_t, 4>& shape) {
+  return shape[0] * shape[1] * shape[2] * shape[3];
+}
+
+/// A contiguous tensor in any attention dtype.
+struct Buffer {
+  std::vector<std::byte> bytes;
+  MutableTensorView view;
+
+  Buffer() = default;
+  Buffer(DType dtype, std::array<std::int64_t, 4> shape)
+      : bytes(static_cast<std::size_t>(elements_of(shape)) * size_of(dtype)),
+        view(mutable_view_of(bytes.data(), dtype, shape)) {}
+};
+
+/// body(b, h, n, thread) for all rows of a [B, H, N, *] tensor.
+template <class Body>
+void for_each_row(const std::array<std::int64_t, 4>& shape, int threads, const Body& body) {
+  constexpr std::int64_t chunk = 64;
+  const std::int64_t chunks = (shape[2] + chunk - 1) / chunk;
+  parallel_for(shape[0] * shape[1] * chunks, threads, [&](std::int64_t i, int thread) {
+    const std::int64_t row = i / chunks;
+    const std::int64_t first = i % chunks * chunk;
+    for (std::int64_t n = first; n < std::min(first + chunk, shape[2]); ++n) {
+      body(row / shape[1], row % shape[1], n, thread);
+    }
+  });
+}
+
+/// Rotary embedding of one row, halves paired as in Llama; sign -1 undoes it.
+void rotate(float* row, std::int64_t dim, std::int64_t position, double theta, double sign) {
+  const std::int64_t half = dim / 2;
+  for (std::int64_t i = 0; i < half; ++i) {
+    const double angle =
+        static_cast<double>(position) * std::pow(theta, -2.0 * static_cast<double>(i) / static_cast<double>(dim));
+    const auto cosine = static_cast<float>(std::cos(angle));
+    const auto sine = static_cast<float>(sign * std::sin(angle));
+    const float a = row[i];
+    const float b = row[i + half];
+    row[i] = a * cosine - b * sine;
+    row[i + half] = b * cosine + a * sine;
+  }
+}
+
+/// Keys and values of the compressed branch: [B, Hkv, most, *] in the dtype of k and v; sequence s has `counts[s]`.
+struct CompressedTokens {
+  std::int64_t most = 0;
+  std::vector<std::int64_t> counts;
+  Buffer k;
+  Buffer v;
+};
+
+/// One forward evaluation: plans, outputs and LSE of the branches.
+struct Branches {
+  CompressedTokens tokens;
+  std::array<Plan, kBranches> plans;
+  std::array<std::vector<float>, kBranches> o;
+  std::array<std::vector<float>, kBranches> lse;
+  double plan_ms = 0;
+  double kernel_ms = 0;
+  RunReport report;
+};
+
+/// Compressed tokens of one sequence batch, per layer and (sequence, kv head); keys may only be appended to.
+class NsaState final : public MethodState {
+ public:
+  struct Layer {
+    std::vector<std::vector<float>> k;
+    std::vector<std::vector<float>> v;
+  };
+  std::map<std::int64_t, Layer> layers;
+};
+
+struct Nsa {
+  struct Params {
+    std::int64_t length = 32;
+    std::int64_t stride = 16;
+    CompressionKind compress = CompressionKind::mean;
+    double rope_theta = 10000;
+    std::int64_t block_size = 64;
+    std::int64_t top_k = 16;
+    std::int64_t init = 1;
+    std::int64_t local = 2;
+    std::int64_t window = 512;
+    double gate_bias_compressed = 0;
+    double gate_bias_selected = 0;
+    double gate_bias_window = 0;
+    void visit(ParameterList& v) {
+      v("length", length, 1, 4096, "keys of a compressed token; a multiple of stride");
+      v("stride", stride, 1, 4096, "keys from one compressed token to the next");
+      v("compress", compress, {"mean", "pool", "linear", "mlp"},
+        "how a block becomes a token; all but mean read weights from side inputs");
+      v("rope_theta", rope_theta, 1, 1e9,
+        "base of the rotary embedding of compressed tokens (with side input k_compress)");
+      v("block_size", block_size, 1, 65536, "keys of a selection block; a multiple of stride");
+      v("top_k", top_k, 1, kMostTokens, "selection blocks per query and group, forced ones among them");
+      v("init", init, 0, kMostTokens, "first blocks that every query selects");
+      v("local", local, 1, kMostTokens, "blocks up to the query's own that it selects");
+      v("window", window, 1, kMostTokens, "keys of the window branch, the query's own among them");
+      v("gate_bias_compressed", gate_bias_compressed, -100, 100, "added to the gate logits of the compressed branch");
+      v("gate_bias_selected", gate_bias_selected, -100, 100, "added to the gate logits of the selected branch");
+      v("gate_bias_window", gate_bias_window, -100, 100, "added to the gate logits of the window branch");
+    }
+  };
+  static MethodInfo info() {
+    return {.name = "nsa",
+            .family = "trainable",
+            .summary = "compressed, selected and window branches added by gates; natively trainable",
+            .paper =
+                "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention, "
+                "arXiv:2502.11089",
+            .phases = {.prefill = true, .decode = true, .backward = true}};
+  }
+
+  /// The selected branch: what the data decides. The other two follow from the shapes.
+  Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
+    check(problem, inputs);
+    return select(problem, inputs, compress(problem, inputs, context), context.run);
+  }
+
+  RunReport attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
+                   const PlanContext& context, Plan* executed) const {
+    check(problem, inputs);
+    Branches branches = run_branches(problem, inputs, context, nullptr);
+    for_each_row(outputs.o.shape, context.run.threads, [&](std::int64_t b, std::int64_t h, std::int64_t n, int) {
+      const std::array<float, kBranches> gates = gates_of(inputs, b, h, n);
+      const std::int64_t at = ((b * problem.q_heads + h) * problem.q_len + n) * problem.value_dim;
+      std::vector<float> row(static_cast<std::size_t>(problem.value_dim), 0.0F);
+      for (std::size_t m = 0; m < kBranches; ++m) {
+        const float* o = branches.o[m].data() + at;
+        for (std::size_t d = 0; d < row.size(); ++d) row[d] += gates[m] * o[d];
+      }
+      from_float(row.data(), problem.value_dim, outputs.o.dtype, outputs.o.row(b, h, n));
+    });
+    std::copy_n(branches.lse[kSelected].begin(), outputs.lse.size(), outputs.lse.begin());
+    RunReport report = branches.report;
+    report.plan_ms = branches.plan_ms;
+    report.kernel_ms = branches.kernel_ms;
+    if (executed != nullptr) *executed = std::move(branches.plans[kSelected]);
+    return report;
+  }
+
+  RunReport backward(const Problem& problem, const AttentionInputs& inputs, const SavedForward& saved,
+                     const Gradients& gradients, const PlanContext& context, const Plan* executed) const {
+    check(problem, inputs);
+    check_backward(problem, inputs, saved, gradients);
+    const RunOptions& options = context.run;
+    Branches branches = run_branches(problem, inputs, without_state(context), executed);
+    const std::array<Buffer, kBranches> d_o = gate_gradients(problem, inputs, saved, gradients, branches, options);
+
+    // Sums over the branches in float: d_q, and d_k and d_v of every set of keys.
+    const std::array<std::int64_t, 4> k_shape = inputs.k.shape;
+    const std::array<std::int64_t, 4> v_shape = inputs.v.shape;
+    std::vector<float> d_q(static_cast<std::size_t>(elements_of(inputs.q.shape)), 0.0F);
+    std::array<Buffer, kBranches> d_k;
+    std::array<Buffer, kBranches> d_v;
+    RunReport report;
+    double kernel_ms = branches.kernel_ms;
+    for (std::size_t m = 0; m < kBranches; ++m) {
+      d_k[m] = Buffer(DType::f32, m == kCompressed ? branches.tokens.k.view.shape : k_shape);
+      d_v[m] = Buffer(DType::f32, m == kCompressed ? branches.tokens.v.view.shape : v_shape);
+      if (m == kCompressed && branches.tokens.most == 0) continue;
+      Buffer own_q(DType::f32, inputs.q.shape);
+      Gradients own;
+      own.d_q = own_q.view;
+      if (m == kCompressed) {
+        own.sources.push_back({d_k[m].view, d_v[m].view, {}});
+      } else {
+        own.d_k = d_k[m].view;
+        own.d_v = d_v[m].view;
+      }
+      SavedForward part;
+      part.o = view_of(branches.o[m].data(), DType::f32, saved.o.shape);
+      part.lse = branches.lse[m];
+      part.d_o = d_o[m].view;
+      report = run_backward(branches.plans[m], branch_inputs(inputs, branches.tokens, m), part, own, options);
+      kernel_ms += report.kernel_ms;
+      const auto* from = reinterpret_cast<const float*>(own_q.bytes.data());
+      for (std::size_t i = 0; i < d_q.size(); ++i) d_q[i] += from[i];
+    }
+    write(view_of(d_q.data(), DType::f32, inputs.q.shape), gradients.d_q);
+
+    Buffer compressed_k(DType::f32, k_shape);
+    Buffer compressed_v(DType::f32, v_shape);
+    decompress(problem, inputs, gradients, branches.tokens, d_k[kCompressed], "k", compressed_k, options);
+    decompress(problem, inputs, gradients, branches.tokens, d_v[kCompressed], "v", compressed_v, options);
+    share_out(inputs, gradients, "k", d_k[kSelected], d_k[kWindow], compressed_k, gradients.d_k);
+    share_out(inputs, gradients, "v", d_v[kSelected], d_v[kWindow], compressed_v, gradients.d_v);
+    report.plan_ms = branches.plan_ms;
+    report.kernel_ms = kernel_ms;
+    return report;
+  }
+
+  // ---- checks
+
+  void check(const Problem& problem, const AttentionInputs& inputs) const {
+    require(params.length % params.stride == 0, "nsa: length={} is not a multiple of stride={}", params.length,
+            params.stride);
+    require(params.block_size % params.stride == 0, "nsa: block_size={} is not a multiple of stride={}",
+            params.block_size, params.stride);
+    require(!inputs.modifiers.changes_scores() && inputs.modifiers.sink_logits.empty(),
+            "nsa: modifiers of scores and sink logits are not supported");
+    require(inputs.sources.empty(), "nsa: derived key sources are the method's own; {} given", inputs.sources.size());
+    const std::int64_t batch = problem.variable_length() ? 1 : problem.batch;
+    const std::int64_t d = problem.head_dim;
+    const std::int64_t dv = problem.value_dim;
+    const std::int64_t l = params.length;
+    const auto tokens = [&](std::int64_t dim) {
+      return std::array<std::int64_t, 4>{batch, problem.kv_heads, problem.kv_len, dim};
+    };
+    const auto weights = [&](std::int64_t rows, std::int64_t columns) {
+      return std::array<std::int64_t, 4>{1, problem.kv_heads, rows, columns};
+    };
+    check_side(inputs, "gate_logits", {batch, problem.q_heads, problem.q_len, 3}, false);
+    for (const auto& [suffix, dim] : {std::pair{"k", d}, std::pair{"v", dv}}) {
+      const std::string of = suffix;
+      check_side(inputs, of + "_compress", tokens(dim), false);
+      check_side(inputs, of + "_window", tokens(dim), false);
+      check_side(inputs, "positions_" + of, weights(l, dim), false);
+      if (params.compress == CompressionKind::pool) check_side(inputs, "pool_" + of, weights(l, 1), true);
+      if (params.compress == CompressionKind::linear) check_side(inputs, "linear_" + of, weights(l * dim, dim), true);
+      if (params.compress != CompressionKind::mlp) continue;
+      const TensorView* hidden = inputs.find_side("hidden_" + of);
+      check_side(inputs, "hidden_" + of, weights(l * dim, hidden == nullptr ? 1 : hidden->dim()), true);
+      check_side(inputs, "output_" + of, weights(hidden->dim(), dim), true);
+    }
+    require(inputs.find_side("k_compress") == nullptr || d % 2 == 0,
+            "nsa: head_dim={} is odd; rotary embedding of k_compress needs an even one", d);
+    for (const char* name : {"k_window", "v_window"}) {
+      const TensorView* side = inputs.find_side(name);
+      require(side == nullptr || (side->dtype == inputs.k.dtype && !inputs.pages.used()),
+              "nsa: side input '{}' needs the dtype of k ({}) and keys that do not lie in pages", name,
+              name_of(inputs.k.dtype));
+    }
+    require((inputs.find_side("k_window") == nullptr) == (inputs.find_side("v_window") == nullptr),
+            "nsa: side inputs 'k_window' and 'v_window' come together; one is missing");
+  }
+
+  static void check_side(const AttentionInputs& inputs, const std::string& name,
+                         const std::array<std::int64_t, 4>& expected, bool needed) {
+    const TensorView* side = inputs.find_side(name);
+    require(side != nullptr || !needed, "nsa: side input '{}' is missing; expected shape [{}]", name,
+            fmt::join(expected, ", "));
+    if (side == nullptr) return;
+    require(side->data != nullptr && is_attention_dtype(side->dtype) && side->strides[3] == 1,
+            "nsa: side input '{}' needs data in f32, bf16 or f16 with stride 1 on its last axis", name);
+    require(side->shape == expected, "nsa: side input '{}' has shape [{}]; expected [{}]", name,
+            fmt::join(side->shape, ", "), fmt::join(expected, ", "));
+  }
+
+  static void check_backward(const Problem& problem, const AttentionInputs& inputs, const SavedForward& saved,
+                             const Gradients& gradients) {
+    const std::int64_t batch = problem.variable_length() ? 1 : problem.batch;
+    const std::array<std::int64_t, 4> shape{batch, problem.q_heads, problem.q_len, problem.value_dim};
+    require(saved.d_o.data != nullptr && is_attention_dtype(saved.d_o.dtype) && saved.d_o.shape == shape &&
+                saved.d_o.strides[3] == 1,
+            "nsa: d_o has shape [{}]; expected [{}] with data in f32, bf16 or f16", fmt::join(saved.d_o.shape, ", "),
+            fmt::join(shape, ", "));
+    require(saved.d_lse.empty(), "nsa: a gated sum has no LSE; d_lse has {} elements", saved.d_lse.size());
+    require(!inputs.pages.used(), "nsa: keys lie in pages; the backward pass needs them in one tensor");
+    const auto fits = [](const MutableTensorView& view, const TensorView& like, std::string_view name) {
+      if (view.data == nullptr) return;
+      require(is_attention_dtype(view.dtype) && view.shape == like.shape && view.strides[3] == 1,
+              "nsa: gradient '{}' has shape [{}]; expected [{}] in f32, bf16 or f16", name, fmt::join(view.shape, ", "),
+              fmt::join(like.shape, ", "));
+    };
+    fits(gradients.d_q, inputs.q, "d_q");
+    fits(gradients.d_k, inputs.k, "d_k");
+    fits(gradients.d_v, inputs.v, "d_v");
+    for (const SideGradient& side : gradients.side) {
+      const TensorView* input = inputs.find_side(side.name);
+      require(input != nullptr, "nsa: gradient of side input '{}' is wanted, which is not given", side.name);
+      fits(side.view, *input, side.name);
+    }
+  }
+
+  // ---- compression
+
+  BlockCompression compression_of(const AttentionInputs& inputs, const std::string& of, std::int64_t dim) const {
+    BlockCompression compression;
+    compression.kind = params.compress;
+    compression.length = params.length;
+    compression.stride = params.stride;
+    compression.dim = dim;
+    if (params.compress == CompressionKind::mlp) compression.hidden = inputs.find_side("hidden_" + of)->dim();
+    return compression;
+  }
+
+  /// Tensors of the weights beside the places where a head's copy lies.
+  struct NamedWeights {
+    std::string name;
+    std::vector<float> CompressionWeights::*member;
+  };
+  static std::vector<NamedWeights> names_of_weights(const std::string& of) {
+    return {{"positions_" + of, &CompressionWeights::positions},
+            {"pool_" + of, &CompressionWeights::pool},
+            {"linear_" + of, &CompressionWeights::linear},
+            {"hidden_" + of, &CompressionWeights::hidden},
+            {"output_" + of, &CompressionWeights::output}};
+  }
+
+  static CompressionWeights weights_of(const AttentionInputs& inputs, const std::string& of, std::int64_t kv_head) {
+    CompressionWeights weights;
+    for (const auto& [name, member] : names_of_weights(of)) {
+      const TensorView* side = inputs.find_side(name);
+      if (side == nullptr) continue;
+      std::vector<float>& to = weights.*member;
+      to.resize(static_cast<std::size_t>(side->tokens() * side->dim()));
+      for (std::int64_t i = 0; i < side->tokens(); ++i) {
+        to_float(side->row(0, kv_head, i), side->dtype, side->dim(), to.data() + i * side->dim());
+      }
+    }
+    return weights;
+  }
+
+  /// Rows from `first` on that are compressed, as floats [rows][dim]. `of` is "k" or "v".
+  static std::vector<float> rows_of(const Problem& problem, const AttentionInputs& inputs, const std::string& of,
+                                    std::int64_t sequence, std::int64_t kv_head, std::int64_t first) {
+    const TensorView* side = inputs.find_side(of + "_compress");
+    const TensorView& tensor = side != nullptr ? *side : of == "k" ? inputs.k : inputs.v;
+    const PageTable no_pages;
+    const kernels::KeyRows rows =
+        kernels::key_rows_of(problem, tensor, side != nullptr ? no_pages : inputs.pages, sequence, kv_head);
+    const std::int64_t dim = of == "k" ? problem.head_dim : problem.value_dim;
+    const std::int64_t keys = problem.kv_len_of(sequence);
+    std::vector<float> out(static_cast<std::size_t>((keys - first) * dim));
+    for (std::int64_t n = first; n < keys; ++n) to_float(rows.row(n), rows.dtype, dim, out.data() + (n - first) * dim);
+    return out;
+  }
+
+  static PlanContext without_state(PlanContext context) {
+    context.state = nullptr;
+    return context;
+  }
+
+  std::unique_ptr<MethodState> new_state() const { return std::make_unique<NsaState>(); }
+
+  CompressedTokens compress(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
+    CompressedTokens tokens;
+    const BlockCompression keys = compression_of(inputs, "k", problem.head_dim);
+    const BlockCompression values = compression_of(inputs, "v", problem.value_dim);
+    for (std::int64_t s = 0; s < problem.batch; ++s) {
+      tokens.counts.push_back(keys.count(problem.kv_len_of(s)));
+      tokens.most = std::max(tokens.most, tokens.counts.back());
+    }
+    tokens.k = Buffer(inputs.k.dtype, {problem.batch, problem.kv_heads, tokens.most, problem.head_dim});
+    tokens.v = Buffer(inputs.v.dtype, {problem.batch, problem.kv_heads, tokens.most, problem.value_dim});
+    auto* state = dynamic_cast<NsaState*>(context.state);
+    require(context.state == nullptr || state != nullptr, "nsa: the state belongs to another method");
+    NsaState::Layer fresh;
+    NsaState::Layer& known = state != nullptr ? state->layers[context.layer] : fresh;
+    known.k.resize(static_cast<std::size_t>(problem.batch * problem.kv_heads));
+    known.v.resize(known.k.size());
+    parallel_for(problem.batch * problem.kv_heads, context.run.threads, [&](std::int64_t i, int) {
+      extend(problem, inputs, keys, "k", i, tokens, known.k[static_cast<std::size_t>(i)], tokens.k);
+      extend(problem, inputs, values, "v", i, tokens, known.v[static_cast<std::size_t>(i)], tokens.v);
+    });
+    return tokens;
+  }
+
+  /// Completes the known tokens of one (sequence, kv head) and copies them to the tensor of all.
+  void extend(const Problem& problem, const AttentionInputs& inputs, const BlockCompression& compression,
+              const std::string& of, std::int64_t pair, const CompressedTokens& tokens, std::vector<float>& known,
+              const Buffer& to) const {
+    const std::int64_t s = pair / problem.kv_heads;
+    const std::int64_t h = pair % problem.kv_heads;
+    const std::int64_t dim = compression.dim;
+    const std::int64_t count = tokens.counts[static_cast<std::size_t>(s)];
+    if (static_cast<std::int64_t>(known.size()) > count * dim) known.clear();  // a shorter sequence is another one
+    const std::int64_t first = static_cast<std::int64_t>(known.size()) / dim;
+    known.resize(static_cast<std::size_t>(count * dim));
+    if (first < count) {
+      const std::vector<float> rows = rows_of(problem, inputs, of, s, h, first * params.stride);
+      compression.forward(rows.data(), problem.kv_len_of(s) - first * params.stride, weights_of(inputs, of, h),
+                          known.data() + first * dim);
+    }
+    const bool turn = of == "k" && inputs.find_side("k_compress") != nullptr;
+    for (std::int64_t t = 0; t < count; ++t) {
+      float* row = known.data() + t * dim;
+      if (turn && t >= first) rotate(row, dim, t * params.stride, params.rope_theta, 1);
+      from_float(row, dim, to.view.dtype, to.view.row(s, h, t));
+    }
+  }
+
+  /// Gradients of compressed tokens to the rows they came from, and to the weights.
+  void decompress(const Problem& problem, const AttentionInputs& inputs, const Gradients& gradients,
+                  const CompressedTokens& tokens, const Buffer& d_tokens, const std::string& of, const Buffer& d_rows,
+                  const RunOptions& options) const {
+    const std::int64_t dim = of == "k" ? problem.head_dim : problem.value_dim;
+    const BlockCompression compression = compression_of(inputs, of, dim);
+    const bool turn = of == "k" && inputs.find_side("k_compress") != nullptr;
+    parallel_for(problem.kv_heads, options.threads, [&](std::int64_t h, int) {
+      const CompressionWeights weights = weights_of(inputs, of, h);
+      CompressionWeights d_weights = weights;
+      for (const auto& [name, member] : names_of_weights(of))
+        std::fill((d_weights.*member).begin(), (d_weights.*member).end(), 0.0F);
+      for (std::int64_t s = 0; s < problem.batch; ++s) {
+        const std::int64_t count = tokens.counts[static_cast<std::size_t>(s)];
+        std::vector<float> d_out(static_cast<std::size_t>(count * dim));
+        for (std::int64_t t = 0; t < count; ++t) {
+          float* row = d_out.data() + t * dim;
+          to_float(d_tokens.view.row(s, h, t), DType::f32, dim, row);
+          if (turn) rotate(row, dim, t * params.stride, params.rope_theta, -1);
+        }
+        const std::int64_t keys = problem.kv_len_of(s);
+        std::vector<float> own(static_cast<std::size_t>(keys * dim), 0.0F);
+        compression.backward(rows_of(problem, inputs, of, s, h, 0).data(), keys, weights, d_out.data(), own.data(),
+                             d_weights);
+        for (std::int64_t n = 0; n < keys; ++n) {
+          from_float(own.data() + n * dim, dim, DType::f32,
+                     d_rows.view.row(problem.tensor_batch_of(s), h, problem.kv_begin_of(s) + n));
+        }
+      }
+      for (const auto& [name, member] : names_of_weights(of)) {
+        const MutableTensorView* to = gradients.find_side(name);
+        if (to == nullptr || to->data == nullptr) continue;
+        for (std::int64_t i = 0; i < to->shape[2]; ++i) {
+          if ((d_weights.*member).empty()) break;
+          from_float((d_weights.*member).data() + i * to->shape[3], to->shape[3], to->dtype, to->row(0, h, i));
+        }
+      }
+    });
+  }
+
+  // ---- plans
+
+  /// Compressed tokens that a query at this position sees.
+  std::int64_t visible_tokens(const Problem& problem, std::int64_t position, std::int64_t count) const {
+    if (!problem.causal) return count;
+    if (position < params.length - 1) return 0;
+    return std::min(count, (position - params.length + 1) / params.stride + 1);
+  }
+
+  Plan compressed_plan(const Problem& problem, const CompressedTokens& tokens) const {
+    constexpr std::int64_t tile_q = 128;
+    PlanBuilder builder(problem, tile_q, 16, 1, problem.variable_length() ? problem.batch : 1);
+    const std::uint16_t source = builder.add_source({"compressed", tokens.most, false});
+    for (std::int64_t block = 0; block < builder.blocks(); ++block) {
+      const std::int64_t count = tokens.counts[static_cast<std::size_t>(block)];
+      const score::QueryTiles tiles(problem, block, tile_q, 16);
+      for (std::int64_t tile = 0; tile < tiles.count(); ++tile) {
+        const std::int64_t common = visible_tokens(problem, tiles.first_position(tile), count);
+        const std::int64_t most = visible_tokens(problem, tiles.last_position(tile), count);
+        builder.run(0, common, EntryMask::none, 0, source);
+        if (most > common) {
+          const std::int64_t words = (most - common + 63) / 64;
+          std::vector<std::uint64_t> bits(static_cast<std::size_t>(tiles.rows(tile) * words), 0);
+          for (std::int64_t r = 0; r < tiles.rows(tile); ++r) {
+            const std::int64_t end = visible_tokens(problem, tiles.first_position(tile) + r, count) - common;
+            for (std::int64_t t = 0; t < end; ++t) bits[r * words + t / 64] |= std::uint64_t{1} << (t % 64);
+          }
+          builder.run(common, most - common, EntryMask::bitmask, builder.add_mask(bits), source);
+        }
+        builder.end_row();
+      }
+    }
+    return std::move(builder).finish();
+  }
+
+  Plan window_plan(const Problem& problem, const RunOptions& options) const {
+    score::PlanRows rows(problem, 128, 128, 1, !problem.variable_length());
+    const std::int64_t reach = params.window - 1;
+    const std::int64_t band = rows.add_band({reach, problem.causal ? 0 : reach});
+    for (std::int64_t block = 0; block < rows.blocks(); ++block) {
+      const score::QueryTiles tiles = rows.geometry(block);
+      for (std::int64_t tile = 0; tile < tiles.count(); ++tile) {
+        const std::int64_t first = std::max<std::int64_t>(0, tiles.first_position(tile) - reach);
+        const std::int64_t end =
+            problem.causal ? tiles.visible_keys(tile) : std::min(tiles.keys, tiles.last_position(tile) + reach + 1);
+        rows.row(block, tile).run(first, end, EntryMask::band, band);
+      }
+    }
+    return std::move(rows).finish(options.threads);
+  }
+
+  Plan select(const Problem& problem, const AttentionInputs& inputs, const CompressedTokens& tokens,
+              const RunOptions& options) const {
+    struct Scratch {
+      std::vector<float> queries;
+      std::vector<float> scores;
+      std::vector<float> importance;
+      std::vector<std::uint8_t> forced;
+    };
+    std::vector<Scratch> scratch(static_cast<std::size_t>(thread_count(options.threads)));
+    std::vector<std::vector<float>> keys(static_cast<std::size_t>(problem.batch * problem.kv_heads));
+    parallel_for(static_cast<std::int64_t>(keys.size()), options.threads, [&](std::int64_t i, int) {
+      const std::int64_t count = tokens.counts[static_cast<std::size_t>(i / problem.kv_heads)];
+      keys[static_cast<std::size_t>(i)].resize(static_cast<std::size_t>(count * problem.head_dim));
+      for (std::int64_t t = 0; t < count; ++t) {
+        to_float(tokens.k.view.row(i / problem.kv_heads, i % problem.kv_heads, t), tokens.k.view.dtype,
+                 problem.head_dim, keys[static_cast<std::size_t>(i)].data() + t * problem.head_dim);
+      }
+    });
+    score::PlanRows rows(problem, 1, params.block_size, problem.kv_heads);
+    constexpr std::int64_t queries_at_once = 16;
+    const auto select_band = [&](std::int64_t block, std::int64_t first, std::int64_t count, int thread) {
+      const score::QueryTiles tiles = rows.geometry(block);
+      const std::int64_t blocks = tiles.key_tiles();
+      const std::int64_t sequence = rows.sequence_of(block);
+      const std::vector<float>& own_keys = keys[static_cast<std::size_t>(block)];
+      const std::int64_t token_count = tokens.counts[static_cast<std::size_t>(sequence)];
+      Scratch& own = scratch[static_cast<std::size_t>(thread)];
+      own.queries.resize(static_cast<std::size_t>(count * problem.head_dim));
+      own.scores.resize(static_cast<std::size_t>(count * token_count));
+      own.importance.assign(static_cast<std::size_t>(count * blocks), 0.0F);
+      for (std::int64_t g = 0; g < problem.group() && token_count > 0; ++g) {
+        score::load_queries(problem, inputs, sequence, rows.head_of(block) + g, first, count, own.queries.data());
+        score::multiply_transposed(own.queries.data(), count, problem.head_dim, own_keys.data(), token_count,
+                                   problem.head_dim, problem.head_dim, problem.softmax_scale(), own.scores.data(),
+                                   token_count);
+        for (std::int64_t i = 0; i < count; ++i) {
+          float* row = own.scores.data() + i * token_count;
+          const std::int64_t visible = visible_tokens(problem, tiles.first_position(first + i), token_count);
+          if (visible == 0) continue;
+          score::exponentiate(row, visible, score::row_maximum(row, visible));
+          const float sum = score::row_sum(row, visible);
+          for (std::int64_t t = 0; t < visible; ++t) row[t] /= sum;
+          score::add_block_importance({row, static_cast<std::size_t>(visible)}, params.block_size / params.stride,
+                                      params.length / params.stride,
+                                      {own.importance.data() + i * blocks, static_cast<std::size_t>(blocks)});
+        }
+      }
+      for (std::int64_t i = 0; i < count; ++i) {
+        choose(tiles, first + i, {own.importance.data() + i * blocks, static_cast<std::size_t>(blocks)}, own.forced,
+               rows.row(block, first + i));
+      }
+    };
+    rows.for_each_band(queries_at_once, options.threads, select_band);
+    return std::move(rows).finish(options.threads);
+  }
+
+  void choose(const score::QueryTiles& tiles, std::int64_t query, std::span<const float> importance,
+              std::vector<std::uint8_t>& forced, score::PlanRow& row) const {
+    const std::int64_t visible = tiles.visible_tiles(query);
+    const std::int64_t own = score::own_block(tiles, query);
+    forced.assign(static_cast<std::size_t>(visible), 0);
+    for (std::int64_t j = 0; j < visible; ++j) {
+      if (j < params.init || (j <= own && j > own - params.local)) forced[static_cast<std::size_t>(j)] = 1;
+    }
+    const auto candidates = importance.first(static_cast<std::size_t>(visible));
+    score::add_query_blocks(tiles, query, score::top_k(candidates, params.top_k, forced), row);
+  }
+
+  // ---- branches
+
+  static AttentionInputs branch_inputs(const AttentionInputs& inputs, const CompressedTokens& tokens,
+                                       std::size_t branch) {
+    AttentionInputs own;
+    own.q = inputs.q;
+    own.k = inputs.k;
+    own.v = inputs.v;
+    own.pages = inputs.pages;
+    if (branch == kCompressed) own.sources.push_back({tokens.k.view, tokens.v.view, {}});
+    if (branch == kWindow && inputs.find_side("k_window") != nullptr) {
+      own.k = *inputs.find_side("k_window");
+      own.v = *inputs.find_side("v_window");
+    }
+    return own;
+  }
+
+  /// `selected` is the plan of an earlier call with these inputs, or null.
+  Branches run_branches(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context,
+                        const Plan* selected) const {
+    const RunOptions& options = context.run;
+    const auto start = std::chrono::steady_clock::now();
+    Branches branches;
+    branches.tokens = compress(problem, inputs, context);
+    if (branches.tokens.most > 0) branches.plans[kCompressed] = compressed_plan(problem, branches.tokens);
+    branches.plans[kSelected] = selected != nullptr ? *selected : select(problem, inputs, branches.tokens, options);
+    branches.plans[kWindow] = window_plan(problem, options);
+    branches.plan_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+    const std::int64_t batch = problem.variable_length() ? 1 : problem.batch;
+    const std::array<std::int64_t, 4> shape{batch, problem.q_heads, problem.q_len, problem.value_dim};
+    for (std::size_t m = 0; m < kBranches; ++m) {
+      branches.o[m].assign(static_cast<std::size_t>(elements_of(shape)), 0.0F);
+      branches.lse[m].assign(static_cast<std::size_t>(batch * problem.q_heads * problem.q_len),
+                             -std::numeric_limits<float>::infinity());
+      if (m == kCompressed && branches.tokens.most == 0) continue;
+      const RunReport report =
+          run(branches.plans[m], branch_inputs(inputs, branches.tokens, m),
+              {mutable_view_of(branches.o[m].data(), DType::f32, shape), branches.lse[m]}, options);
+      branches.kernel_ms += report.kernel_ms;
+      if (m == kSelected) branches.report = report;
+    }
+    return branches;
+  }
+
+  std::array<float, kBranches> gates_of(const AttentionInputs& inputs, std::int64_t b, std::int64_t h,
+                                        std::int64_t n) const {
+    std::array<float, kBranches> gates{static_cast<float>(params.gate_bias_compressed),
+                                       static_cast<float>(params.gate_bias_selected),
+                                       static_cast<float>(params.gate_bias_window)};
+    const TensorView* logits = inputs.find_side("gate_logits");
+    for (std::size_t m = 0; m < kBranches; ++m) {
+      if (logits != nullptr) {
+        gates[m] += load_as_float(logits->row(b, h, n), logits->dtype, static_cast<std::int64_t>(m));
+      }
+      gates[m] = 1 / (1 + std::exp(-gates[m]));
+    }
+    return gates;
+  }
+
+  /// Output gradients of the branches; writes those of the gate logits.
+  std::array<Buffer, kBranches> gate_gradients(const Problem& problem, const AttentionInputs& inputs,
+                                               const SavedForward& saved, const Gradients& gradients,
+                                               const Branches& branches, const RunOptions& options) const {
+    std::array<Buffer, kBranches> d_o;
+    for (Buffer& buffer : d_o) buffer = Buffer(saved.d_o.dtype, saved.d_o.shape);
+    const MutableTensorView* d_logits = gradients.find_side("gate_logits");
+    const std::int64_t dim = problem.value_dim;
+    for_each_row(saved.d_o.shape, options.threads, [&](std::int64_t b, std::int64_t h, std::int64_t n, int) {
+      const std::array<float, kBranches> gates = gates_of(inputs, b, h, n);
+      std::vector<float> row(static_cast<std::size_t>(dim));
+      std::vector<float> scaled(row.size());
+      to_float(saved.d_o.row(b, h, n), saved.d_o.dtype, dim, row.data());
+      for (std::size_t m = 0; m < kBranches; ++m) {
+        const float* o = branches.o[m].data() + ((b * problem.q_heads + h) * problem.q_len + n) * dim;
+        float d_gate = 0;
+        for (std::size_t d = 0; d < row.size(); ++d) {
+          d_gate += row[d] * o[d];
+          scaled[d] = gates[m] * row[d];
+        }
+        from_float(scaled.data(), dim, d_o[m].view.dtype, d_o[m].view.row(b, h, n));
+        if (d_logits == nullptr || d_logits->data == nullptr) continue;
+        store_from_float(d_logits->row(b, h, n), d_logits->dtype, static_cast<std::int64_t>(m),
+                         d_gate * gates[m] * (1 - gates[m]));
+      }
+    });
+    return d_o;
+  }
+
+  static void write(const TensorView& from, const MutableTensorView& to) {
+    if (to.data == nullptr) return;
+    for_each_row(to.shape, 1, [&](std::int64_t b, std::int64_t h, std::int64_t n, int) {
+      from_float(reinterpret_cast<const float*>(from.row(b, h, n)), to.shape[3], to.dtype, to.row(b, h, n));
+    });
+  }
+
+  /// Gradients of the three uses of keys (or values) to the tensors they were read from.
+  static void share_out(const AttentionInputs& inputs, const Gradients& gradients, const std::string& of,
+                        const Buffer& selected, const Buffer& window, const Buffer& compressed,
+                        const MutableTensorView& to) {
+    auto* sum = reinterpret_cast<float*>(selected.view.data);
+    const std::int64_t count = elements_of(selected.view.shape);
+    const auto place = [&](const std::string& name, const Buffer& own) {
+      if (inputs.find_side(name) == nullptr) {
+        const auto* from = reinterpret_cast<const float*>(own.view.data);
+        for (std::int64_t i = 0; i < count; ++i) sum[i] += from[i];
+      } else if (const MutableTensorView* side = gradients.find_side(name)) {
+        write(own.view, *side);
+      }
+    };
+    place(of + "_window", window);
+    place(of + "_compress", compressed);
+    write(selected.view, to);
+  }
+
+  Params params;
+};
+
+}  // namespace
+}  // namespace tessera
+
+TESSERA_METHOD(nsa, tessera::Nsa);
