@@ -288,6 +288,7 @@ class Backward {
     const BorrowedBuffer memory(call_.workspace, floats * sizeof(float));
     auto* sums = reinterpret_cast<float*>(memory.data());
     std::vector<PackedSources::Pair> pairs;
+    pairs.reserve(wave.size());
     for (const PairWork& work : wave) pairs.push_back({work.sequence, work.kv_head});
     const PackedSources sources(call_, shape_.keys, level_, std::move(pairs), {});
     struct LaneOfPair {

@@ -109,31 +109,31 @@ void add_row(const BackwardCall& backward, const ReferenceRow& row, const std::v
 
 }  // namespace
 
-void run_reference_backward(const BackwardCall& backward) {
-  const Call& call = backward.call;
+void run_reference_backward(const BackwardCall& call) {
+  const AttentionInputs& inputs = call.call.inputs;
   const Problem& problem = call.problem();
-  const Plan& plan = call.plan;
+  const Plan& plan = call.call.plan;
   const std::int64_t batch = problem.variable_length() ? 1 : problem.batch;
   AllSums sums{Sums({batch, problem.q_heads, problem.q_len, problem.head_dim}),
-               Sums(backward.gradients.d_key_bias.shape),
+               Sums(call.gradients.d_key_bias.shape),
                Sums({1, 1, problem.q_heads, 1}),
                {}};
   sums.sources.push_back({Sums({batch, problem.kv_heads, problem.kv_len, problem.head_dim}),
                           Sums({batch, problem.kv_heads, problem.kv_len, problem.value_dim}), Sums({0, 0, 0, 0})});
-  for (const KeySource& source : call.inputs.sources) {
+  for (const KeySource& source : inputs.sources) {
     sums.sources.push_back(
         {Sums(source.k.shape), Sums(source.v.shape), Sums({problem.batch, problem.kv_heads, source.k.tokens(), 1})});
   }
   for (std::int64_t sequence = 0; sequence < problem.batch; ++sequence) {
     for (std::int64_t head = 0; head < problem.q_heads; ++head) {
       const std::int64_t block = plan.block_of(sequence, head);
-      const auto sources = reference_sources(call, sequence, head / problem.group());
+      const auto sources = reference_sources(call.call, sequence, head / problem.group());
       for (std::int64_t place = 0; place < plan.queries_of(block); ++place) {
-        add_row(backward, {sequence, head, block, place}, sources, sums);
+        add_row(call, {sequence, head, block, place}, sources, sums);
       }
     }
   }
-  const Gradients& gradients = backward.gradients;
+  const Gradients& gradients = call.gradients;
   sums.q.write(gradients.d_q);
   sums.key_bias.write(gradients.d_key_bias);
   sums.sink_logits.write(gradients.d_sink_logits);
