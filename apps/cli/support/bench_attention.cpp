@@ -394,7 +394,7 @@ Result measure(const Options& options, const Problem& problem, Subject& subject,
   }
   if (options.phase == "backward") {
     measure_backward(options, dense, dense_options, inputs, outputs, subject, result);
-    result.peaks.measure(*run_options.isa, dtype, threads);
+    result.peaks.measure(*run_options.isa, dtype, threads, false);
     return result;
   }
   run(dense, inputs, outputs, dense_options);

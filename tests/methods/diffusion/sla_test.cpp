@@ -176,12 +176,12 @@ const std::vector<Spec> kSpecs{{16, 16, 0.3, 0.2, false, "softmax"},
                                {64, 64, 0.05, 0.1, false, "softmax"}};
 
 /// Output of the method, [B, Hq, Nq, Dv] in float.
-struct Run {
+struct Answer {
   std::vector<float> o;
   MutableTensorView view;
   Plan plan;
 
-  Run(const std::string& spec, const AttentionCase& c, const std::vector<SideTensor>& side, int threads = 0) {
+  Answer(const std::string& spec, const AttentionCase& c, const std::vector<SideTensor>& side, int threads = 0) {
     const Problem& p = c.problem;
     const std::int64_t batch = p.variable_length() ? 1 : p.batch;
     o.resize(static_cast<std::size_t>(batch * p.q_heads * p.q_len * p.value_dim));
@@ -203,7 +203,7 @@ TEST_P(SlaShapes, IsTheFormula) {
   for (const Spec& spec : kSpecs) {
     for (const bool per_head : {false, true}) {
       const Side side(p, per_head);
-      const Run run(spec.text(), c, side.tensors());
+      const Answer answer(spec.text(), c, side.tensors());
       for (std::int64_t s = 0; s < p.batch; ++s) {
         for (std::int64_t h = 0; h < p.q_heads; ++h) {
           const HeadCase head =
@@ -211,7 +211,7 @@ TEST_P(SlaShapes, IsTheFormula) {
           if (head.keys == 0) continue;
           for (std::int64_t n = 0; n < head.queries; n += 3) {
             const std::vector<double> expected = head.output(n);
-            const std::byte* row = run.view.row(p.tensor_batch_of(s), h, p.q_begin_of(s) + n);
+            const std::byte* row = answer.view.row(p.tensor_batch_of(s), h, p.q_begin_of(s) + n);
             for (std::int64_t d = 0; d < p.value_dim; ++d) {
               ASSERT_NEAR(load_as_float(row, DType::f32, d), expected[static_cast<std::size_t>(d)], tolerance)
                   << spec.text() << " " << s << " " << h << " " << n;
@@ -227,7 +227,7 @@ INSTANTIATE_TEST_SUITE_P(Shapes, SlaShapes, testing::ValuesIn(test::all_shapes()
 
 TEST(Sla, WithoutProjectionItIsItsSparseBranch) {
   const AttentionCase c(bidirectional({.name = "plain", .q_len = 100, .kv_len = 130}));
-  const Run method("sla:block_q=16,block_k=16,critical=0.3", c, {});
+  const Answer method("sla:block_q=16,block_k=16,critical=0.3", c, {});
   std::vector<float> o(method.o.size());
   run(method.plan, c.inputs, {mutable_view_of(o.data(), DType::f32, method.view.shape), {}}, {});
   EXPECT_EQ(method.o, o);
@@ -238,8 +238,8 @@ TEST(Sla, AllCriticalIsDenseAndHasNoLinearBranch) {
   const AttentionCase c(bidirectional({.name = "plain", .q_len = 70, .kv_len = 90}));
   Side side(c.problem, false);
   side.bias.assign(side.bias.size(), 0.0F);
-  const Run method("sla:block_q=16,block_k=16,critical=1,negligible=0", c, side.tensors());
-  const Run dense("dense", c, {});
+  const Answer method("sla:block_q=16,block_k=16,critical=1,negligible=0", c, side.tensors());
+  const Answer dense("dense", c, {});
   for (std::size_t i = 0; i < dense.o.size(); ++i) ASSERT_NEAR(method.o[i], dense.o[i], 1e-5);
 }
 
@@ -327,18 +327,18 @@ TEST(Sla, GradientsAreThoseOfTheFormula) {
 TEST(Sla, DoesNotDependOnThreads) {
   const AttentionCase c(bidirectional({.name = "plain", .q_heads = 4, .kv_heads = 2, .q_len = 200, .kv_len = 300}));
   const Side side(c.problem, true);
-  EXPECT_EQ(Run("sla:block_q=16,block_k=16", c, side.tensors(), 1).o,
-            Run("sla:block_q=16,block_k=16", c, side.tensors(), 3).o);
+  EXPECT_EQ(Answer("sla:block_q=16,block_k=16", c, side.tensors(), 1).o,
+            Answer("sla:block_q=16,block_k=16", c, side.tensors(), 3).o);
 }
 
 TEST(Sla, RefusesWhatItIsNotDefinedFor) {
   const AttentionCase causal({.name = "causal", .q_len = 30, .kv_len = 30});
-  EXPECT_THROW(Run("sla", causal, {}), Error);
+  EXPECT_THROW(Answer("sla", causal, {}), Error);
   EXPECT_THROW(make_method("sla:critical=0.7,negligible=0.5"), Error);
   const AttentionCase c(bidirectional({.name = "plain", .q_len = 30, .kv_len = 30}));
   std::vector<SideTensor> wrong = Side(c.problem, false).tensors();
   wrong[0].view.shape[2] -= 1;
-  EXPECT_THROW(Run("sla", c, wrong), Error);
+  EXPECT_THROW(Answer("sla", c, wrong), Error);
 }
 
 }  // namespace
