@@ -93,9 +93,9 @@ struct LayerCacheShape {
 struct CacheCall {
   const Method* method = nullptr;  ///< of the prompt while it comes in, of decoding afterwards; never null
   bool prompt = false;             ///< the queries belong to the prompt
-  TensorView q;              ///< [1, q_heads, rows, head_dim], rows = tokens appended last
-  AttentionOutputs outputs;  ///< o [1, q_heads, rows, value_dim]; lse [q_heads, rows] or empty
-  Plan* executed = nullptr;  ///< receives the plan if not null; over the kept rows once rows were evicted
+  TensorView q;                    ///< [1, q_heads, rows, head_dim], rows = tokens appended last
+  AttentionOutputs outputs;        ///< o [1, q_heads, rows, value_dim]; lse [q_heads, rows] or empty
+  Plan* executed = nullptr;        ///< receives the plan if not null; over the kept rows once rows were evicted
 };
 
 /// Keys and values of one layer of one sequence, as a method keeps them. A pass over new tokens is append(), as often

@@ -24,7 +24,26 @@ View heads_as_batch(const View& view, std::int64_t kv_heads) {
   return batch;
 }
 
-Plan kept_plan(const HeadPages& pages, std::int64_t rows) {
+/// A plan row of queries whose own slots are [first, first + count).
+void add_row(const HeadWindow& window, std::int64_t first, std::int64_t count, std::int64_t causal, std::int64_t near,
+             PlanBuilder& builder) {
+  const auto visible_run = [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t common = std::clamp(first + 1, begin, end);  // what the first query sees, all see
+    builder.run(begin, common - begin);
+    builder.run(common, end - common, EntryMask::band, causal);
+  };
+  const std::int64_t end = first + count;
+  if (!window.limited) {
+    visible_run(0, end);
+  } else {
+    visible_run(0, std::min(window.sinks, end));
+    const std::int64_t begin = std::max(window.sinks, first - window.recent + 1);
+    if (begin < end) builder.run(begin, end - begin, EntryMask::band, near);
+  }
+  builder.end_row();
+}
+
+Plan kept_plan(const HeadPages& pages, std::int64_t rows, std::span<const HeadWindow> windows) {
   const LayerCacheShape& shape = pages.shape();
   Problem problem;
   problem.batch = shape.kv_heads;
@@ -34,17 +53,20 @@ Plan kept_plan(const HeadPages& pages, std::int64_t rows) {
   problem.kv_len = pages.longest();
   problem.head_dim = shape.head_dim;
   problem.value_dim = shape.value_dim;
-  problem.q_offset = 0;
+  // Positions are slots of the shortest heads: windows are counted in them, and the others are shifted to the right.
+  std::int64_t offset = problem.kv_len;
+  for (std::int64_t head = 0; head < shape.kv_heads; ++head) offset = std::min(offset, pages.size(head) - rows);
+  problem.q_offset = offset;
   PlanBuilder builder(problem, kTileQ, kTileQ, 1, shape.kv_heads);
   for (std::int64_t head = 0; head < shape.kv_heads; ++head) {
     const std::int64_t before = pages.size(head) - rows;
-    // Row r of the queries sees the slots up to before + r.
-    const std::int64_t causal = rows == 1 ? 0 : builder.add_band({-1, before});
+    // A single query sees all that is kept.
+    const HeadWindow window = windows.empty() || rows == 1 ? HeadWindow{} : windows[static_cast<std::size_t>(head)];
+    assert(!window.limited || before == offset);
+    const std::int64_t causal = builder.add_band({-1, before - offset});
+    const std::int64_t near = window.limited ? builder.add_band({window.recent - 1, 0}) : 0;
     for (std::int64_t tile = 0; tile < rows; tile += kTileQ) {
-      const std::int64_t common = before + tile + 1;
-      builder.run(0, common);
-      builder.run(common, std::min(kTileQ, rows - tile) - 1, EntryMask::band, causal);
-      builder.end_row();
+      add_row(window, before + tile, std::min(kTileQ, rows - tile), causal, near, builder);
     }
   }
   return std::move(builder).finish();
@@ -52,10 +74,10 @@ Plan kept_plan(const HeadPages& pages, std::int64_t rows) {
 
 }  // namespace
 
-RunReport attend_kept(const HeadPages& pages, const TensorView& q, const AttentionOutputs& outputs,
-                      const PlanContext& context, Plan* executed) {
+RunReport attend_kept(const HeadPages& pages, const TensorView& q, std::span<const HeadWindow> windows,
+                      const AttentionOutputs& outputs, const PlanContext& context, Plan* executed) {
   const auto start = std::chrono::steady_clock::now();
-  Plan plan = kept_plan(pages, q.tokens());
+  Plan plan = kept_plan(pages, q.tokens(), windows);
   const std::chrono::duration<double, std::milli> planned = std::chrono::steady_clock::now() - start;
   AttentionInputs inputs = pages.inputs();
   inputs.q = heads_as_batch(q, pages.shape().kv_heads);
@@ -73,7 +95,8 @@ TensorView queries_of_kv_head(const TensorView& q, std::int64_t group, std::int6
   return own;
 }
 
-EvictingCache::EvictingCache(const LayerCacheShape& shape) : shape_(shape), prompt_(shape), pages_(shape) {}
+EvictingCache::EvictingCache(const LayerCacheShape& shape, bool prompt_whole)
+    : shape_(shape), prompt_(shape), pages_(shape), prompt_whole_(prompt_whole), whole_(prompt_whole) {}
 
 void EvictingCache::append(std::int64_t count, const float* keys, const float* values, int threads) {
   if (whole_) {
@@ -104,8 +127,12 @@ RunReport EvictingCache::attend(const CacheCall& call, const PlanContext& contex
   return report;
 }
 
-RunReport EvictingCache::attend_with_lse(const CacheCall& call, const PlanContext& context) const {
-  if (!whole_) return attend_kept(pages_, call.q, call.outputs, context, call.executed);
+RunReport EvictingCache::attend_with_lse(const CacheCall& call, const PlanContext& context) {
+  if (!whole_) {
+    const std::span<const HeadWindow> limits = windows();
+    if (call.q.tokens() > 1 && !limits.empty()) sort_slots();
+    return attend_kept(pages_, call.q, limits, call.outputs, context, call.executed);
+  }
   if (call.prompt) return prompt_.attend(call, context);
   Plan plan = dense_plan(cache_problem(shape_, call.q.tokens(), tokens_));
   AttentionInputs inputs = prompt_.inputs();
@@ -113,6 +140,38 @@ RunReport EvictingCache::attend_with_lse(const CacheCall& call, const PlanContex
   const RunReport report = run(plan, inputs, call.outputs, context.run);
   if (call.executed != nullptr) *call.executed = std::move(plan);
   return report;
+}
+
+std::vector<std::int32_t> EvictingCache::slots_by_position(std::int64_t kv_head) const {
+  std::vector<std::int32_t> slots(static_cast<std::size_t>(size_of_head(kv_head)));
+  std::iota(slots.begin(), slots.end(), 0);
+  if (whole_) return slots;
+  const auto positions = pages_.positions(kv_head);
+  std::sort(slots.begin(), slots.end(), [&](std::int32_t a, std::int32_t b) {
+    return positions[static_cast<std::size_t>(a)] < positions[static_cast<std::size_t>(b)];
+  });
+  return slots;
+}
+
+void EvictingCache::sort_slots() {
+  for (std::int64_t head = 0; head < shape_.kv_heads; ++head) {
+    const auto positions = pages_.positions(head);
+    if (!std::is_sorted(positions.begin(), positions.end())) pages_.keep(head, slots_by_position(head));
+  }
+}
+
+void EvictingCache::keep(const KeptSlots& kept) {
+  assert(!whole_);
+  bool fewer = false;
+  for (std::int64_t head = 0; head < shape_.kv_heads; ++head) {
+    const std::vector<std::int32_t>& slots = kept[static_cast<std::size_t>(head)];
+    if (std::ssize(slots) == pages_.size(head)) continue;
+    pages_.keep(head, slots);
+    fewer = true;
+  }
+  if (!fewer) return;
+  pages_.release_unused();
+  settled_ = tokens_;
 }
 
 void EvictingCache::finish_prefill(const PlanContext& context) {
@@ -159,7 +218,7 @@ bool EvictingCache::truncate(std::int64_t tokens) {
 void EvictingCache::reset() {
   prompt_.reset();
   pages_.reset();
-  whole_ = true;
+  whole_ = prompt_whole_;
   tokens_ = settled_ = 0;
   truncated(0);
 }

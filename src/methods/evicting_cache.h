@@ -10,10 +10,19 @@
 
 namespace tessera {
 
-/// Attention over rows kept per kv head: every row appended before the last `q.tokens()` rows is visible, those last
-/// rows causally. The plan has the kv heads as sequences of one kv head each.
-RunReport attend_kept(const HeadPages& pages, const TensorView& q, const AttentionOutputs& outputs,
-                      const PlanContext& context, Plan* executed);
+/// What the queries of a kv head see of its rows: all up to their own, or the first `sinks` tokens of the sequence and
+/// the `recent` tokens up to their own.
+struct HeadWindow {
+  bool limited = false;
+  std::int64_t sinks = 0;
+  std::int64_t recent = 0;
+};
+
+/// Attention of the last `q.tokens()` rows over the rows kept per kv head, causal, with a window per kv head (none:
+/// empty). Heads with a window hold their sinks first and then consecutive tokens; they are equally long, and no other
+/// head is shorter. The plan has the kv heads as sequences of one kv head each.
+RunReport attend_kept(const HeadPages& pages, const TensorView& q, std::span<const HeadWindow> windows,
+                      const AttentionOutputs& outputs, const PlanContext& context, Plan* executed);
 
 /// The queries or outputs [1, q_heads, rows, dim] of kv head `kv_head` alone: [1, group, rows, dim].
 TensorView queries_of_kv_head(const TensorView& q, std::int64_t group, std::int64_t kv_head);
@@ -34,8 +43,12 @@ class EvictingCache : public LayerCache {
  protected:
   using KeptSlots = std::vector<std::vector<std::int32_t>>;  ///< [kv_heads]: slots, ascending in position
 
-  explicit EvictingCache(const LayerCacheShape& shape);
+  /// `prompt_whole`: the prompt is kept until finish_prefill(), which any prefill method needs. If not, rows are kept
+  /// per head from the first, prompt rows see what windows() says, and observe_prompt() may evict.
+  explicit EvictingCache(const LayerCacheShape& shape, bool prompt_whole = true);
 
+  /// Of each kv head while rows are kept per head; empty: no limits. A single query always sees every row.
+  virtual std::span<const HeadWindow> windows() const { return {}; }
   /// After the attention of prompt rows. The LSE [q_heads][rows] is that of dense attention over what is kept; empty
   /// when a sparse method ran.
   virtual void observe_prompt(const CacheCall&, std::span<const float>, const PlanContext&) {}
@@ -52,6 +65,8 @@ class EvictingCache : public LayerCache {
   virtual std::size_t bytes_of_notes() const { return 0; }
 
   const LayerCacheShape& shape() const { return shape_; }
+  /// Every token is there, in pages of all heads.
+  bool whole() const { return whole_; }
   /// Rows of a kv head, whether or not every token is still there.
   std::int64_t size_of_head(std::int64_t kv_head) const;
   /// Position of the row in a slot.
@@ -61,14 +76,20 @@ class EvictingCache : public LayerCache {
   AttentionInputs inputs_of_head(std::int64_t kv_head) const;
   /// Evicts one row while decoding: the newest one takes its slot.
   void evict_slot(std::int64_t kv_head, std::int64_t slot);
+  /// Keeps these rows while the prompt comes in; not whole().
+  void keep(const KeptSlots& kept);
+  /// Slots of a head in the order of their positions: decoding leaves them in another.
+  std::vector<std::int32_t> slots_by_position(std::int64_t kv_head) const;
 
  private:
-  RunReport attend_with_lse(const CacheCall& call, const PlanContext& context) const;
+  RunReport attend_with_lse(const CacheCall& call, const PlanContext& context);
+  void sort_slots();
 
   LayerCacheShape shape_;
   PagedLayerCache prompt_;  ///< every token, while whole_
   HeadPages pages_;
-  bool whole_ = true;
+  bool prompt_whole_;
+  bool whole_;
   std::int64_t tokens_ = 0;
   std::int64_t settled_ = 0;  ///< tokens at the last eviction: they cannot be taken back
 };

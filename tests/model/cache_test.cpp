@@ -127,6 +127,32 @@ TEST(SessionCaches, QuestHoldsBoundsBesideThePages) {
   EXPECT_LT(quest.cache_bytes, dense.cache_bytes * 5 / 4);
 }
 
+TEST(SessionCaches, DuoHoldsLittleOfStreamingHeads) {
+  const Loaded loaded;
+  const Model model = loaded.load();
+  const Outcome dense = run_with(model, "dense", "");
+  const std::string path = (loaded.folder.path() / "heads.json").string();
+  std::ofstream(path) << R"({"sink": 4, "recent": 30, "retrieval": [[1, 0], [0, 0], [1, 1]]})";
+  const Outcome whole = run_with(model, "duo:recent=300,heads=" + path, "", 64);
+  EXPECT_LT(largest_difference(whole.logits, dense.logits), 1e-4);
+  // Chunks change nothing but the memory.
+  const Outcome at_once = run_with(model, "duo:heads=" + path, "", 0);
+  const Outcome chunks = run_with(model, "duo:heads=" + path, "", 16);
+  EXPECT_LT(largest_difference(at_once.logits, chunks.logits), 1e-4);
+  EXPECT_GT(largest_difference(at_once.logits, dense.logits), 1e-3);
+  EXPECT_DOUBLE_EQ(chunks.tokens_kept, (3 * (kPrompt + kSteps) + 3 * 33) / 6.0);
+  EXPECT_LT(chunks.cache_bytes, dense.cache_bytes * 3 / 4);
+  EXPECT_LT(chunks.peak_bytes, dense.peak_bytes * 3 / 4);
+  // A dense prompt is whole until its end; its first logits are those of dense attention.
+  const Outcome dense_prompt = run_with(model, "dense", "duo:heads=" + path, 64);
+  EXPECT_EQ(dense_prompt.tokens_kept, chunks.tokens_kept);
+  const Logits first(dense_prompt.logits.begin(), dense_prompt.logits.begin() + 260);
+  EXPECT_LT(largest_difference(first, {dense.logits.begin(), dense.logits.begin() + 260}), 1e-4);
+  // A file for another model.
+  std::ofstream(path) << R"({"retrieval": [[1, 0]]})";
+  EXPECT_THROW(run_with(model, "duo:heads=" + path, ""), Error);
+}
+
 TEST(SessionCaches, LayersHaveMethodsOfTheirOwn) {
   const Loaded loaded;
   const Model model = loaded.load();

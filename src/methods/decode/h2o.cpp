@@ -17,7 +17,6 @@
 // The scores of the prompt are those of dense attention in any case.
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "core/error.h"
 #include "core/parallel.h"
@@ -103,11 +102,7 @@ class H2OCache final : public EvictingCache {
   }
 
   std::vector<std::int32_t> choose_for_head(std::int64_t head) const {
-    // In the order of the text: decoding leaves the slots in another.
-    std::vector<std::int32_t> slots(static_cast<std::size_t>(size_of_head(head)));
-    std::iota(slots.begin(), slots.end(), 0);
-    std::sort(slots.begin(), slots.end(),
-              [&](std::int32_t a, std::int32_t b) { return position_of(head, a) < position_of(head, b); });
+    const std::vector<std::int32_t> slots = slots_by_position(head);
     const std::int64_t others = std::max<std::int64_t>(0, std::ssize(slots) - recent_);
     std::vector<float> scores;
     for (std::int64_t i = 0; i < others; ++i) {
