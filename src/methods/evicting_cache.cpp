@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cassert>
 #include <chrono>
+#include <cmath>
 #include <numeric>
 
 #include "kernels/key_rows.h"
@@ -43,7 +44,8 @@ void add_row(const HeadWindow& window, std::int64_t first, std::int64_t count, s
   builder.end_row();
 }
 
-Plan kept_plan(const HeadPages& pages, std::int64_t rows, std::span<const HeadWindow> windows) {
+Plan kept_plan(const HeadPages& pages, std::int64_t rows, std::span<const HeadWindow> windows,
+               const KeySource* stand_in) {
   const LayerCacheShape& shape = pages.shape();
   Problem problem;
   problem.batch = shape.kv_heads;
@@ -58,14 +60,17 @@ Plan kept_plan(const HeadPages& pages, std::int64_t rows, std::span<const HeadWi
   for (std::int64_t head = 0; head < shape.kv_heads; ++head) offset = std::min(offset, pages.size(head) - rows);
   problem.q_offset = offset;
   PlanBuilder builder(problem, kTileQ, kTileQ, 1, shape.kv_heads);
+  const std::uint16_t source = stand_in == nullptr ? std::uint16_t{0} : builder.add_source({"stand-in", 1, false});
   for (std::int64_t head = 0; head < shape.kv_heads; ++head) {
     const std::int64_t before = pages.size(head) - rows;
+    const bool stands_in = stand_in != nullptr && std::isfinite(stand_in->log_weight[static_cast<std::size_t>(head)]);
     // A single query sees all that is kept.
     const HeadWindow window = windows.empty() || rows == 1 ? HeadWindow{} : windows[static_cast<std::size_t>(head)];
     assert(!window.limited || before == offset);
     const std::int64_t causal = builder.add_band({-1, before - offset});
     const std::int64_t near = window.limited ? builder.add_band({window.recent - 1, 0}) : 0;
     for (std::int64_t tile = 0; tile < rows; tile += kTileQ) {
+      if (stands_in) builder.run(0, 1, EntryMask::none, 0, source);
       add_row(window, before + tile, std::min(kTileQ, rows - tile), causal, near, builder);
     }
   }
@@ -75,12 +80,14 @@ Plan kept_plan(const HeadPages& pages, std::int64_t rows, std::span<const HeadWi
 }  // namespace
 
 RunReport attend_kept(const HeadPages& pages, const TensorView& q, std::span<const HeadWindow> windows,
-                      const AttentionOutputs& outputs, const PlanContext& context, Plan* executed) {
+                      const KeySource* stand_in, const AttentionOutputs& outputs, const PlanContext& context,
+                      Plan* executed) {
   const auto start = std::chrono::steady_clock::now();
-  Plan plan = kept_plan(pages, q.tokens(), windows);
+  Plan plan = kept_plan(pages, q.tokens(), windows, stand_in);
   const std::chrono::duration<double, std::milli> planned = std::chrono::steady_clock::now() - start;
   AttentionInputs inputs = pages.inputs();
   inputs.q = heads_as_batch(q, pages.shape().kv_heads);
+  if (stand_in != nullptr) inputs.sources.push_back(*stand_in);
   const AttentionOutputs by_head{heads_as_batch(outputs.o, pages.shape().kv_heads), outputs.lse};
   RunReport report = run(plan, inputs, by_head, context.run);
   report.plan_ms = planned.count();
@@ -131,7 +138,7 @@ RunReport EvictingCache::attend_with_lse(const CacheCall& call, const PlanContex
   if (!whole_) {
     const std::span<const HeadWindow> limits = windows();
     if (call.q.tokens() > 1 && !limits.empty()) sort_slots();
-    return attend_kept(pages_, call.q, limits, call.outputs, context, call.executed);
+    return attend_kept(pages_, call.q, limits, stand_in(), call.outputs, context, call.executed);
   }
   if (call.prompt) return prompt_.attend(call, context);
   Plan plan = dense_plan(cache_problem(shape_, call.q.tokens(), tokens_));

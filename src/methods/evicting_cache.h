@@ -20,9 +20,11 @@ struct HeadWindow {
 
 /// Attention of the last `q.tokens()` rows over the rows kept per kv head, causal, with a window per kv head (none:
 /// empty). Heads with a window hold their sinks first and then consecutive tokens; they are equally long, and no other
-/// head is shorter. The plan has the kv heads as sequences of one kv head each.
+/// head is shorter. `stand_in` (may be null) holds one key per kv head that every query sees besides, where its
+/// log-weight is not -inf: k and v [kv_heads, 1, 1, dim]. The plan has the kv heads as sequences of one kv head each.
 RunReport attend_kept(const HeadPages& pages, const TensorView& q, std::span<const HeadWindow> windows,
-                      const AttentionOutputs& outputs, const PlanContext& context, Plan* executed);
+                      const KeySource* stand_in, const AttentionOutputs& outputs, const PlanContext& context,
+                      Plan* executed);
 
 /// The queries or outputs [1, q_heads, rows, dim] of kv head `kv_head` alone: [1, group, rows, dim].
 TensorView queries_of_kv_head(const TensorView& q, std::int64_t group, std::int64_t kv_head);
@@ -49,6 +51,8 @@ class EvictingCache : public LayerCache {
 
   /// Of each kv head while rows are kept per head; empty: no limits. A single query always sees every row.
   virtual std::span<const HeadWindow> windows() const { return {}; }
+  /// What stands for evicted rows, while rows are kept per head; see attend_kept().
+  virtual const KeySource* stand_in() const { return nullptr; }
   /// After the attention of prompt rows. The LSE [q_heads][rows] is that of dense attention over what is kept; empty
   /// when a sparse method ran.
   virtual void observe_prompt(const CacheCall&, std::span<const float>, const PlanContext&) {}

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <random>
 #include <vector>
@@ -91,6 +92,7 @@ TEST(HeadPagesTest, HoldsUnequalListsThroughAnyChanges) {
         if (action == 9) std::shuffle(slots.begin(), slots.end(), random);
         pages.keep(head, slots);
         std::vector<std::int32_t> kept;
+        kept.reserve(slots.size());
         for (const std::int32_t slot : slots) kept.push_back(list[static_cast<std::size_t>(slot)]);
         list = kept;
         if (random() % 2 == 0) pages.release_unused();

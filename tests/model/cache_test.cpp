@@ -170,7 +170,7 @@ TEST(SessionCaches, LayersHaveMethodsOfTheirOwn) {
     SessionOptions options;
     (decode ? options.decode : options.prefill) = make_method(path);
     try {
-      Session(model, options);
+      const Session session(model, options);
       FAIL() << "a model of three layers";
     } catch (const Error& error) {
       EXPECT_THAT(error.what(), ::testing::HasSubstr("covers layers 0-1; the model has 3"));
