@@ -346,7 +346,7 @@ class PyramidSparse {
   void add_level(PlanBuilder& builder, const OrderedTiles& tokens, std::int64_t tile, std::int8_t level,
                  std::span<const std::int8_t> levels) const {
     const std::int64_t members = kMembers[level];
-    const auto source = static_cast<std::uint16_t>(level);
+    const auto source = static_cast<std::uint16_t>(static_cast<std::uint8_t>(level));
     std::int64_t begin = 0;
     std::int64_t end = 0;
     for (std::size_t i = 0; i < levels.size(); ++i) {
@@ -375,7 +375,7 @@ class PyramidSparse {
     const std::int64_t members = kMembers[level];
     const std::int64_t first_key = block * params_.block_k;
     const std::int64_t count = (tokens.columns(block) + members - 1) / members;
-    const auto source = static_cast<std::uint16_t>(level);
+    const auto source = static_cast<std::uint16_t>(static_cast<std::uint8_t>(level));
     if (level == 0) return builder.run(first_key, count, EntryMask::band, 0, source);
     const std::int64_t words = (count + 63) / 64;
     std::vector<std::uint64_t> bits(static_cast<std::size_t>(tokens.rows(tile) * words), 0);
