@@ -49,6 +49,7 @@ const std::vector<std::string> kFullSpecs{"dense",
                                           "xattention:tau=1,stride=1,block=16",
                                           "xattention:tau=0,dense_below=1000000",
                                           "moa:alpha=0,beta=1",
+                                          "paro:density=1,block=16",
                                           "draft:sparsity=0",
                                           "pisa:density=1",
                                           "pisa:density=1,block=16,value_aware=false",
@@ -62,9 +63,10 @@ const std::vector<std::string> kFullSpecs{"dense",
                                           "minference:pattern=stream_llm,n_init=0,n_local=100000",
                                           "minference:pattern=block_sparse,k=100000"};
 
-/// MInference and MoA are defined for causal attention only, PISA and DraftAttention for bidirectional attention,
-/// and they say so.
+/// MInference and MoA are defined for causal attention only; PISA, DraftAttention and PAROAttention for bidirectional
+/// attention, the last on one grid for all sequences; and they say so.
 bool refuses(const std::string& spec, const AttentionCase& input) {
+  if (spec.starts_with("paro")) return input.problem.causal || input.problem.variable_length();
   if (spec.starts_with("moa")) return !input.problem.causal;
   if (spec.starts_with("pisa") || spec.starts_with("draft")) return input.problem.causal;
   return spec.starts_with("minference") && spec.find("dense_layers") == std::string::npos && !input.problem.causal;
