@@ -66,6 +66,24 @@ TEST_P(Verify, RefusesTheAnswerOfAnotherPlan) {
   EXPECT_THROW(verify(), Error);
 }
 
+TEST_P(Verify, RefusesWrongGradients) {
+  SavedForward saved;
+  saved.o = outputs().o;
+  saved.lse = lse_;
+  saved.d_o = data_.q();  // anything of that shape
+  std::vector<float> d_q(o_.size());
+  Gradients gradients;
+  gradients.d_q = mutable_view_of(d_q.data(), DType::f32, {1, 4, 70, 16});
+  run_backward(plan_, inputs_, saved, gradients);
+  EXPECT_NO_THROW(verify_gradient_samples("the plan", plan_, inputs_, saved, gradients.d_q));
+  const float kept = d_q[69 * 16 + 3];  // last row of the first head: always sampled
+  d_q[69 * 16 + 3] += 1;
+  EXPECT_THROW(verify_gradient_samples("the plan", plan_, inputs_, saved, gradients.d_q), Error);
+  d_q[69 * 16 + 3] = kept;
+  d_q[69 * 16 + 4] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_THROW(verify_gradient_samples("the plan", plan_, inputs_, saved, gradients.d_q), Error);
+}
+
 INSTANTIATE_TEST_SUITE_P(Plans, Verify,
                          testing::Values("dense", "random-block:tile=16,density=0.4", "random-token:tile=8,density=0.3",
                                          "per-query:blocks=2,block=16"));

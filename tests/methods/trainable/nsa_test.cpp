@@ -17,7 +17,6 @@ namespace {
 
 using test::AttentionCase;
 using test::CaseShape;
-using test::masks_of;
 
 struct NsaSettings {
   std::string compress = "mean";
