@@ -25,14 +25,14 @@ std::string_view name_of(RowWeights weights);
 /// Changes to scores and softmax. Defaults change nothing. The order is: s = scale * q.k; * query scale; softcap;
 /// + ALiBi; + key bias; + log-weight of the key source; weights of the row, the sink logit in their sum.
 struct Modifiers {
-  std::span<const float> query_scale;   ///< [Nq as tokens]: s *= scale of the query, of either sign; empty = off
-  float softcap = 0;                    ///< s <- softcap * tanh(s / softcap); 0 = off
-  std::span<const float> alibi_slopes;  ///< [q_heads]: s += slope * (key position - query position); empty = off
-  std::span<const float> sink_logits;   ///< [q_heads]: exp(sink) joins the denominator and the LSE; empty = off
-  TensorView key_bias;                  ///< f32 [B or 1, q_heads, kv_heads or 1, Nk as tokens, 1]; data null = off
+  std::span<const float> query_scale = {};   ///< [Nq as tokens]: s *= scale of the query, of either sign; empty = off
+  float softcap = 0;                         ///< s <- softcap * tanh(s / softcap); 0 = off
+  std::span<const float> alibi_slopes = {};  ///< [q_heads]: s += slope * (key position - query position); empty = off
+  std::span<const float> sink_logits = {};   ///< [q_heads]: exp(sink) joins the denominator and the LSE; empty = off
+  TensorView key_bias = {};                  ///< f32 [B or 1, q_heads, kv_heads or 1, Nk as tokens, 1]; data null = off
 
-  RowWeights weights = RowWeights::softmax;  ///< others allow neither sink logits nor log-weights
-  std::span<const float> weight_factors;     ///< for RowWeights::reweighted, one per row in the order of the LSE
+  RowWeights weights = RowWeights::softmax;    ///< others allow neither sink logits nor log-weights
+  std::span<const float> weight_factors = {};  ///< for RowWeights::reweighted, one per row in the order of the LSE
   float weight_offset = 0;
   std::int32_t weight_power = 1;  ///< 1..64
 

@@ -199,7 +199,7 @@ class MustafarCache final : public LayerCache {
     Branch compressed(count, shape_.value_dim);
     const MutableTensorView whole_o =
         mutable_view_of(whole.o.data(), DType::f32, {1, shape_.q_heads, rows, shape_.value_dim});
-    RunReport report = attend_kept(whole_, call.q, {whole_o, whole.lse}, context, nullptr);
+    RunReport report = attend_kept(whole_, call.q, {}, nullptr, {whole_o, whole.lse}, context, nullptr);
 
     const auto start = std::chrono::steady_clock::now();
     std::vector<kernels::BitmapHead> heads(keys_.size());
