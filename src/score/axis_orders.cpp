@@ -27,7 +27,8 @@ std::vector<std::int32_t> places_of(const std::vector<std::int32_t>& order) {
 
 std::array<BlockMetrics, 6> axis_order_metrics(const Problem& problem, const AttentionInputs& inputs,
                                                const std::array<OrderedTiles, 6>& orders, std::int64_t q_head,
-                                               std::int64_t block, double eps, double sigma) {
+                                               std::int64_t block, double eps, double sigma,
+                                               std::optional<std::size_t> only) {
   const OrderedTiles& raster = orders[0];
   const std::int64_t keys = raster.keys();
   const std::int64_t queries = raster.queries();
@@ -60,7 +61,7 @@ std::array<BlockMetrics, 6> axis_order_metrics(const Problem& problem, const Att
       for (std::int64_t j = 0; j < keys; ++j) total += p[j] = std::exp(p[j] - most);
       const auto share = static_cast<float>(1 / total);
       const std::int32_t query = raster.query_order()[tile * block + r];
-      for (std::size_t o = 0; o < orders.size(); ++o) {
+      for (std::size_t o = only.value_or(0); o < (only ? *only + 1 : orders.size()); ++o) {
         const std::int64_t first = query_places[o][query] / block * columns;
         Counts& of_order = counts[o];
         for (std::int64_t j = 0; j < keys; ++j) {
@@ -73,7 +74,7 @@ std::array<BlockMetrics, 6> axis_order_metrics(const Problem& problem, const Att
       }
     }
   }
-  for (std::size_t o = 0; o < orders.size(); ++o) {
+  for (std::size_t o = only.value_or(0); o < (only ? *only + 1 : orders.size()); ++o) {
     for (std::int64_t i = 0; i < rows; ++i) {
       for (std::int64_t j = 0; j < columns; ++j) {
         const auto at = static_cast<std::size_t>(i * columns + j);

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "score/ordered_tiles.h"
@@ -21,11 +22,12 @@ struct BlockMetrics {
   std::vector<float> sums;  ///< [query blocks][key blocks]: sum of the probabilities
 };
 
-/// Metrics of a head under every order, from its exact probabilities; `orders` holds the sequence in each. Work is
-/// queries x keys, memory that of the sums.
+/// Metrics of a head under every order, or under one of them only, from its exact probabilities; `orders` holds the
+/// sequence in each. Work is queries x keys, memory that of the sums.
 std::array<BlockMetrics, 6> axis_order_metrics(const Problem& problem, const AttentionInputs& inputs,
                                                const std::array<OrderedTiles, 6>& orders, std::int64_t q_head,
-                                               std::int64_t block, double eps, double sigma);
+                                               std::int64_t block, double eps, double sigma,
+                                               std::optional<std::size_t> only = {});
 
 /// The order with the least alpha * (1 - sparse) + (1 - alpha) * incoherence, each over its sum over the orders; the
 /// first of equal ones.

@@ -22,6 +22,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -171,8 +172,9 @@ class Paro {
                                          const PlanContext& context) const {
     std::vector<HeadCalibration> heads(static_cast<std::size_t>(problem.q_heads));
     parallel_for(problem.q_heads, context.run.threads, [&](std::int64_t head, int) {
+      const auto known = fixed.empty() ? std::optional<std::size_t>{} : fixed[head];
       const auto metrics =
-          score::axis_order_metrics(problem, inputs, orders, head, params_.block, params_.eps, params_.sigma);
+          score::axis_order_metrics(problem, inputs, orders, head, params_.block, params_.eps, params_.sigma, known);
       HeadCalibration& found = heads[head];
       found.order = fixed.empty() ? score::best_axis_order(metrics, params_.alpha) : fixed[head];
       found.mask = mask_of(orders[found.order], metrics[found.order].sums);

@@ -38,6 +38,10 @@ using score::OrderedTiles;
 /// Keys per entry of each level; level i reads key source i.
 constexpr std::array<std::int64_t, 4> kMembers{1, 2, 4, 8};
 constexpr std::int8_t kSkipped = -1;
+/// Score of a key that the causal mask hides.
+constexpr float kUnseen = -std::numeric_limits<float>::infinity();
+/// Sampled keys that a query tile is scored against at a time.
+constexpr std::int64_t kSamplesAtOnce = 512;
 
 enum class Rule : std::uint8_t { threshold, topk };
 
@@ -218,44 +222,60 @@ class PyramidSparse {
     parallel_for(tokens.query_tiles(), context.run.threads, [&](std::int64_t tile, int) {
       const auto rows = static_cast<std::int64_t>(q_offsets.size());
       std::vector<float> queries(static_cast<std::size_t>(rows * dim));
-      std::vector<float> scores(static_cast<std::size_t>(rows * samples));
       std::vector<std::int64_t> positions;
       for (std::int64_t i = 0; i < rows; ++i) {
         const std::int64_t place = std::min(tile * params_.block_q + q_offsets[i], tokens.queries() - 1);
         tokens.load_queries(problem, inputs, head, place, 1, queries.data() + i * dim);
         positions.push_back(tokens.query_position(place));
       }
-      score::multiply_transposed(queries.data(), rows, dim, keys.data(), samples, dim, dim, problem.softmax_scale(),
-                                 scores.data(), samples);
-      std::vector<float> blocks(static_cast<std::size_t>(tokens.key_tiles()), 0.0F);
-      for (std::int64_t i = 0; i < rows; ++i) {
-        float* row = scores.data() + i * samples;
-        if (problem.causal) {
-          for (std::int64_t j = 0; j < samples; ++j) {
-            if (key_positions[j] > positions[i]) row[j] = -std::numeric_limits<float>::infinity();
+      // A stretch of blocks at a time: its scores stay in the cache.
+      const std::int64_t blocks_at_once = std::max<std::int64_t>(1, kSamplesAtOnce / per_block);
+      std::vector<float> scores(static_cast<std::size_t>(rows * blocks_at_once * per_block));
+      std::vector<float> maxima(static_cast<std::size_t>(rows * tokens.key_tiles()));
+      for (std::int64_t first = 0; first < tokens.key_tiles(); first += blocks_at_once) {
+        const std::int64_t blocks = std::min(blocks_at_once, tokens.key_tiles() - first);
+        const std::int64_t count = blocks * per_block;
+        score::multiply_transposed(queries.data(), rows, dim, keys.data() + first * per_block * dim, count, dim, dim,
+                                   problem.softmax_scale(), scores.data(), count);
+        for (std::int64_t i = 0; i < rows; ++i) {
+          for (std::int64_t block = 0; block < blocks; ++block) {
+            float* of_block = scores.data() + i * count + block * per_block;
+            for (std::int64_t j = 0; problem.causal && j < per_block; ++j) {
+              if (key_positions[(first + block) * per_block + j] > positions[i]) of_block[j] = kUnseen;
+            }
+            maxima[i * tokens.key_tiles() + first + block] =
+                largest_of({of_block, static_cast<std::size_t>(per_block)});
           }
         }
-        add_row_maxima(row, per_block, blocks);
+      }
+      std::vector<float> blocks(static_cast<std::size_t>(tokens.key_tiles()), 0.0F);
+      for (std::int64_t i = 0; i < rows; ++i) {
+        add_row(std::span(maxima).subspan(i * tokens.key_tiles(), tokens.key_tiles()), blocks);
       }
       levels[tile] = assign(problem, tokens, tile, blocks, limits);
     });
     return levels;
   }
 
+  /// The largest score; NaN if there is one.
+  static float largest_of(std::span<const float> scores) {
+    float largest = kUnseen;
+    bool undefined = false;
+    for (const float score : scores) {
+      undefined = undefined || std::isnan(score);
+      largest = std::max(largest, score);
+    }
+    return undefined ? std::numeric_limits<float>::quiet_NaN() : largest;
+  }
+
   /// blocks[J] = max(blocks[J], exp(max of the block - max of the row)); NaN stays.
-  static void add_row_maxima(const float* row, std::int64_t per_block, std::span<float> blocks) {
-    std::vector<float> maxima(blocks.size(), -std::numeric_limits<float>::infinity());
-    float largest = -std::numeric_limits<float>::infinity();
-    for (std::size_t block = 0; block < blocks.size(); ++block) {
-      for (std::int64_t i = 0; i < per_block; ++i) {
-        const float score = row[static_cast<std::int64_t>(block) * per_block + i];
-        if (!(score <= maxima[block])) maxima[block] = score;  // takes over NaN
-        if (std::isnan(maxima[block])) break;
-      }
-      if (!std::isnan(maxima[block])) largest = std::max(largest, maxima[block]);
+  static void add_row(std::span<const float> maxima, std::span<float> blocks) {
+    float largest = kUnseen;
+    for (const float maximum : maxima) {
+      if (!std::isnan(maximum)) largest = std::max(largest, maximum);
     }
     for (std::size_t block = 0; block < blocks.size(); ++block) {
-      if (maxima[block] == -std::numeric_limits<float>::infinity()) continue;  // nothing visible
+      if (maxima[block] == kUnseen) continue;
       const float ratio = maxima[block] == largest ? 1.0F : std::exp(maxima[block] - largest);
       if (!(ratio <= blocks[block]) && !std::isnan(blocks[block])) blocks[block] = ratio;
     }
