@@ -243,6 +243,7 @@ TEST(SpanSolver, HandlesAModel) {
   program.rules = static_cast<std::int64_t>(rules.size());
   for (std::int64_t head = 0; head < 256; ++head) program.layer_of_head.push_back(head / 8);
   std::vector<double> reach;
+  reach.reserve(256);
   for (int head = 0; head < 256; ++head) reach.push_back(0.02 + uniform(random) * uniform(random));
   for (const std::int64_t length : lengths) {
     auto& density = program.density.emplace_back();

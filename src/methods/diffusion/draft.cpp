@@ -111,8 +111,8 @@ class Draft {
   explicit Draft(Params params)
       : params_(std::move(params)), region_(axis_values("draft", "region", params_.region, 1, 1)) {
     require(region_[0] == 1, "draft: region is '{}'; expected rows x columns of one frame", params_.region);
-    require(region_[1] <= kMostTileSide && region_[2] <= kMostTileSide,
-            "draft: region is '{}'; expected at most {} x {}", params_.region, kMostTileSide, kMostTileSide);
+    require(region_[1] <= most_tile_side && region_[2] <= most_tile_side,
+            "draft: region is '{}'; expected at most {} x {}", params_.region, most_tile_side, most_tile_side);
   }
 
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
@@ -132,7 +132,7 @@ class Draft {
   }
 
  private:
-  static constexpr std::int64_t kMostTileSide = 1024;
+  static constexpr std::int64_t most_tile_side = 1024;
 
   Extent shape_on(const TokenGrid& grid) const {
     const bool plain = grid.extent[0] == 1 && grid.extent[1] == 1;

@@ -315,6 +315,7 @@ class PiecewiseSparse {
                                    value_dim);
       } else {
         std::vector<float> lse;
+        lse.reserve(out_rows.size());
         for (const std::int64_t row : out_rows) lse.push_back(rest.lse[row]);
         add_block_terms(problem, inputs, tokens, head, plan.row(plan.row_begin[s * problem.q_heads + head] + tile),
                         queries, lse, of_head, first_order);

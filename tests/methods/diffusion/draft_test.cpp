@@ -11,7 +11,6 @@ namespace tessera {
 namespace {
 
 using test::AttentionCase;
-using test::CaseShape;
 using test::Result;
 
 AttentionCase on_grid(const TokenGrid& grid, std::int64_t q_len = 0) {
@@ -109,9 +108,10 @@ TEST(Draft, TheThresholdIsOneForTheHeadAndRowsKeepOne) {
   // One query region that is sure of its key region, all others indifferent: a budget per row would treat them alike.
   AttentionCase input = on_grid({{4, 4, 4}, 0, 0});
   for (std::int64_t n = 0; n < 64; ++n) {
+    const std::int64_t region = n / 16;
     for (std::int64_t d = 0; d < 16; ++d) {
-      input.set_q(0, 0, n, d, n < 16 && d == 0 ? 9.0F : 0.01F * static_cast<float>(n / 16 + 1));
-      input.set_k(0, 0, n, d, n / 16 == 2 && d == 0 ? 9.0F : d == 1 ? 0.5F * static_cast<float>(n / 16) : 0.0F);
+      input.set_q(0, 0, n, d, n < 16 && d == 0 ? 9.0F : 0.01F * static_cast<float>(region + 1));
+      input.set_k(0, 0, n, d, region == 2 && d == 0 ? 9.0F : d == 1 ? 0.5F * static_cast<float>(region) : 0.0F);
     }
   }
   const auto mask = test::masks_of("draft:region=4x4,sparsity=0.8", input)[0];

@@ -112,7 +112,7 @@ TEST(Pisa, IsTheExpansion) {
 
 TEST(Pisa, IsTheExpansionForEveryKindOfInput) {
   const auto method = make_method("pisa:block=32,density=0.2");
-  for (CaseShape shape : test::all_shapes()) {
+  for (const CaseShape& shape : test::all_shapes()) {
     SCOPED_TRACE(shape.name);
     const AttentionCase input = bidirectional(shape);
     const Result result = test::attend(*method, input);

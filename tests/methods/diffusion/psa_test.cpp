@@ -121,8 +121,9 @@ TEST(Psa, ConstantGroupsOfEightMakeEveryLevelExact) {
   AttentionCase input({.name = "constant", .q_len = 96, .kv_len = 96, .causal = false});
   std::vector<float> values(static_cast<std::size_t>(96 * 8));
   for (std::int64_t j = 0; j < 96; ++j) {
-    for (std::int64_t d = 0; d < 16; ++d) input.set_k(0, 0, j, d, std::sin(static_cast<float>(j / 8 * 16 + d)));
-    for (std::int64_t d = 0; d < 8; ++d) values[j * 8 + d] = std::cos(static_cast<float>(j / 8 * 8 + d));
+    const std::int64_t group = j / 8;
+    for (std::int64_t d = 0; d < 16; ++d) input.set_k(0, 0, j, d, std::sin(static_cast<float>(group * 16 + d)));
+    for (std::int64_t d = 0; d < 8; ++d) values[j * 8 + d] = std::cos(static_cast<float>(group * 8 + d));
   }
   input.inputs.v = view_of(values.data(), DType::f32, {1, 1, 96, 8});
   const Result dense = test::attend(*make_method("dense"), input);

@@ -9,7 +9,6 @@ namespace tessera {
 namespace {
 
 using test::AttentionCase;
-using test::CaseShape;
 using test::masks_of;
 using test::masks_where;
 using test::position;
