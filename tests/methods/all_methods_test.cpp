@@ -53,6 +53,7 @@ const std::vector<std::string> kFullSpecs{"dense",
                                           "draft:sparsity=0",
                                           "pisa:density=1",
                                           "pisa:density=1,block=16,value_aware=false",
+                                          "sla:critical=1,negligible=0",
                                           "psa:end_1=1,end_2=1,end_4=1,end_8=1",
                                           "psa:block_q=32,block_k=16,rule=topk,end_1=1,end_2=1,end_4=1,end_8=1",
                                           "gna:window=0,stride=1",
@@ -68,7 +69,7 @@ const std::vector<std::string> kFullSpecs{"dense",
 bool refuses(const std::string& spec, const AttentionCase& input) {
   if (spec.starts_with("paro")) return input.problem.causal || input.problem.variable_length();
   if (spec.starts_with("moa")) return !input.problem.causal;
-  if (spec.starts_with("pisa") || spec.starts_with("draft")) return input.problem.causal;
+  if (spec.starts_with("pisa") || spec.starts_with("draft") || spec.starts_with("sla")) return input.problem.causal;
   return spec.starts_with("minference") && spec.find("dense_layers") == std::string::npos && !input.problem.causal;
 }
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <optional>
+#include <ostream>
 #include <random>
 #include <string>
 #include <utility>
@@ -31,6 +33,10 @@ struct CaseShape {
   std::vector<std::int64_t> kv_lens = {};
   std::optional<std::int64_t> q_offset = {};
 };
+/// What GoogleTest prints of a case: its bytes would differ from run to run.
+inline void PrintTo(const CaseShape& shape, std::ostream* out) {
+  *out << shape.name;
+}
 
 /// Owns the tensors of one case. Values are set per (sequence, head, token), whatever the layout in memory.
 class AttentionCase {
