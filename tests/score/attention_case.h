@@ -34,8 +34,8 @@ struct CaseShape {
   std::optional<std::int64_t> q_offset = {};
 };
 /// What GoogleTest prints of a case: its bytes would differ from run to run.
-inline void PrintTo(const CaseShape& shape, std::ostream* out) {
-  *out << shape.name;
+inline std::ostream& operator<<(std::ostream& out, const CaseShape& shape) {
+  return out << shape.name;
 }
 
 /// Owns the tensors of one case. Values are set per (sequence, head, token), whatever the layout in memory.

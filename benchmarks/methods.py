@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""A row for every method: what it computes or holds, and its time beside dense attention in the same run.
+
+    benchmarks/methods.py build/release/bin/tessera [--threads 2] [--len 8192] [--repeats 3] [--only TEXT]
+
+Selectors run a prefill (or a decoding step) of generated heads through `tessera bench attention`: share of the pairs that
+is computed, share of dense attention's time that choosing and running take. Caches run the embedded model through
+`tessera run` on the demo's document: what they hold after the prompt, and how fast they decode beside the dense cache.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GRID = "8x32x32"
+
+
+def selectors(options):
+    """Rows: method SPEC, arguments of `bench attention`."""
+    shape = ["--heads", "8", "--kv-heads", "2", "--dim", "128", "--dtype", "bf16"]
+    text = [*shape, "--len", str(options.len), "--causal", "--data", "heads-llm"]
+    video = [*shape, "--len", "8192", "--grid", GRID, "--data", "heads-video"]
+    decode = [*shape, "--len", str(4 * options.len), "--phase", "decode", "--data", "heads-llm"]
+    gradients = [*shape, "--len", str(options.len), "--causal", "--phase", "backward"]
+    rows = [(spec, text) for spec in ("window", "streaming", "moa", "xattention", "minference", "oracle-topk")]
+    rows += [(spec, text) for spec in ("moba", "nsa", "softplus-reweight", "gated")]
+    rows += [(spec, text) for spec in ("lightning2", "gated-deltanet", "kda")]
+    rows += [(spec, video) for spec in ("gna", "psa", "pisa", "draft", "sla")]
+    rows += [(spec, decode) for spec in ("streaming", "quest:dense_layers=0", "oracle-topk:unit=token,k=1024")]
+    rows += [(spec, gradients) for spec in ("dense", "moba", "nsa")]
+    return rows
+
+
+CACHES = ("dense", "tidaldecode:budget=512,reselect_layer=3", "delta:full_layers=0-1,pages=32", "quest", "snapkv", "h2o",
+          "duo", "razor", "think", "mustafar")  # fmt: skip
+
+
+def run_json(command):
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if result.returncode != 0:
+        lines = result.stderr.decode().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"exit {result.returncode}")
+    return json.loads(result.stdout)
+
+
+def bench_selectors(options):
+    print(f"{'method':<34}{'phase':>9}{'density':>9}{'kernel/dense':>14}{'plan/dense':>12}{'tokens/s':>12}")
+    for spec, arguments in selectors(options):
+        if options.only not in spec:
+            continue
+        phase = arguments[arguments.index("--phase") + 1] if "--phase" in arguments else "prefill"
+        command = [options.binary, "bench", "attention", "--method", spec, *arguments, "--repeats",
+                   str(options.repeats), "--threads", str(options.threads), "--json"]  # fmt: skip
+        try:
+            row = run_json(command)
+        except RuntimeError as error:
+            print(f"{spec:<34}{phase:>9}  {error}", flush=True)
+            continue
+        tokens = row.get("tokens_per_second", 0)
+        print(f"{spec:<34}{phase:>9}{row['density']:>9.3f}{row['ratio_to_dense']:>14.3f}{row['plan_to_dense']:>12.3f}"
+              f"{tokens:>12.0f}", flush=True)  # fmt: skip
+
+
+def bench_caches(options):
+    print(f"\n{'cache':<42}{'MB held':>9}{'rows kept':>11}{'decode tokens/s':>17}")
+    document = max((ROOT / "examples" / "documents").iterdir(), key=lambda path: path.stat().st_size)
+    for spec in CACHES:
+        if options.only not in spec:
+            continue
+        command = [options.binary, "run", "--model", str(ROOT / "models" / "tessera-bytes"), "--prompt", str(document),
+                   "--decode-method", spec, "-n", "128", "--threads", str(options.threads), "--json"]  # fmt: skip
+        try:
+            row = run_json(command)
+        except RuntimeError as error:
+            print(f"{spec:<42}  {error}", flush=True)
+            continue
+        print(f"{spec:<42}{row['cache_mb']:>9.1f}{row['cache_tokens_kept']:>11.0f}{row['decode_tokens_per_s']:>17.1f}",
+              flush=True)  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("binary", help="the tessera program")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--len", type=int, default=8192, help="tokens of the prefill cases; decoding has four times as many")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", help="methods whose SPEC contains this text")
+    options = parser.parse_args()
+    bench_selectors(options)
+    bench_caches(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
