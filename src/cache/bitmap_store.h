@@ -38,8 +38,8 @@ class BitmapStore {
   }
   /// Compresses `groups` x 64 rows of `dim` floats; zeros are what is gone.
   void append(std::int64_t groups, const float* rows);
-  /// What was appended at the `batch`-th call, as rows [tokens][dim].
-  std::vector<float> expand(std::size_t batch) const;
+  /// What was appended at call `index`, as rows [tokens][dim].
+  std::vector<float> expand(std::size_t index) const;
 
   std::size_t batches() const { return batches_.size(); }
   BitmapTiles tiles(std::size_t batch) const;
