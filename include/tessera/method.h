@@ -54,12 +54,25 @@ std::string shape_text(const SideInputInfo& side);
 /// Its shape in one call, leading axes 1.
 std::array<std::int64_t, 4> side_shape(const SideInputInfo& side, const Problem& problem);
 
+/// The problems that a method is defined for; it refuses others with an Error.
+struct Domain {
+  bool causal = true;           ///< causal problems
+  bool bidirectional = true;    ///< problems without causality
+  bool variable_length = true;  ///< sequences of different lengths in one batch
+  std::string reason = {};      ///< why not the others
+
+  bool contains(const Problem& problem) const {
+    return (problem.causal ? causal : bidirectional) && (variable_length || !problem.variable_length());
+  }
+};
+
 struct MethodInfo {
   std::string name;     ///< as in SPEC
   std::string family;   ///< pattern, prefill, decode, diffusion, trainable, linear
   std::string summary;  ///< one line
   std::string paper;    ///< title and arXiv id, empty for plain patterns
   Phases phases;
+  Domain domain = {};
   std::vector<SideInputInfo> side = {};  ///< what AttentionInputs::side may or must hold
   bool has_plan = true;                  ///< false: a recurrence; plan() throws and attend() executes no plan
   bool own_cache = false;  ///< keeps keys and values its own way (Method::new_cache); filled in by the registry

@@ -22,6 +22,14 @@ std::string values_of(const ParameterInfo& parameter) {
   return fmt::format("{} to {}", parameter.minimum, parameter.maximum);
 }
 
+std::string domain_of(const Domain& domain) {
+  std::string text;
+  if (!domain.causal) text += " Bidirectional problems only.";
+  if (!domain.bidirectional) text += " Causal problems only.";
+  if (!domain.variable_length) text += " One length per batch.";
+  return text;
+}
+
 }  // namespace
 
 std::string methods_markdown() {
@@ -40,7 +48,7 @@ std::string methods_markdown() {
     }
     text += fmt::format("\n### {}\n\n{}.\n\n", entry.info.name, entry.info.summary);
     if (!entry.info.paper.empty()) text += fmt::format("Source: {}. ", entry.info.paper);
-    text += fmt::format("Phases: {}.{}\n", phases_of(entry.info.phases),
+    text += fmt::format("Phases: {}.{}{}\n", phases_of(entry.info.phases), domain_of(entry.info.domain),
                         entry.info.own_cache ? " Keeps keys and values its own way." : "");
     if (!entry.info.has_plan) text += "\nA recurrence: it has no plan, and its state carries over from call to call.\n";
     if (!entry.info.side.empty()) {

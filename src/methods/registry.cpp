@@ -100,6 +100,14 @@ std::unique_ptr<const Method> make_method(std::string_view spec) {
   return from_pairs(entry, colon == std::string_view::npos ? std::string_view{} : spec.substr(colon + 1));
 }
 
+void check_domain(const MethodInfo& info, const Problem& problem) {
+  const Domain& domain = info.domain;
+  require(problem.causal ? domain.causal : domain.bidirectional, "{}: causal is {}; expected {}: {}", info.name,
+          problem.causal, !problem.causal, domain.reason);
+  require(domain.variable_length || !problem.variable_length(),
+          "{}: the batch has variable lengths; expected one length: {}", info.name, domain.reason);
+}
+
 void refuse_plan(const MethodInfo& info) {
   fail("method '{}' is a recurrence and has no plan; call attend()", info.name);
 }

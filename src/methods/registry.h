@@ -44,6 +44,8 @@ MethodInfo info_of() {
   return info;
 }
 
+/// Throws Error for a problem outside of info.domain.
+void check_domain(const MethodInfo& info, const Problem& problem);
 /// Throws the Error of Method::plan for a method without plan.
 [[noreturn]] void refuse_plan(const MethodInfo& info);
 
@@ -70,6 +72,7 @@ class BoundMethod final : public Method {
                    const PlanContext& context, Plan* executed) const override {
     if constexpr (requires { method_.attend(problem, inputs, outputs, context, executed); }) {
       check_inputs(problem, inputs);
+      check_domain(info_, problem);
       return method_.attend(problem, inputs, outputs, context, executed);
     } else {
       return Method::attend(problem, inputs, outputs, context, executed);
@@ -80,6 +83,7 @@ class BoundMethod final : public Method {
                      const Gradients& gradients, const PlanContext& context, const Plan* executed) const override {
     if constexpr (requires { method_.backward(problem, inputs, saved, gradients, context, executed); }) {
       check_inputs(problem, inputs);
+      check_domain(info_, problem);
       return method_.backward(problem, inputs, saved, gradients, context, executed);
     } else {
       return Method::backward(problem, inputs, saved, gradients, context, executed);
@@ -115,12 +119,13 @@ class BoundMethod final : public Method {
   }
 
  private:
-  static void check(const Problem& problem, const AttentionInputs& inputs) {
+  void check(const Problem& problem, const AttentionInputs& inputs) const {
     if constexpr (requires { requires !Type::reads_inputs; }) {
       problem.validate();
     } else {
       check_inputs(problem, inputs);
     }
+    check_domain(info_, problem);
   }
 
   MethodInfo info_;

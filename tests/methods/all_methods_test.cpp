@@ -64,15 +64,6 @@ const std::vector<std::string> kFullSpecs{"dense",
                                           "minference:pattern=stream_llm,n_init=0,n_local=100000",
                                           "minference:pattern=block_sparse,k=100000"};
 
-/// MInference and MoA are defined for causal attention only; PISA, DraftAttention and PAROAttention for bidirectional
-/// attention, the last on one grid for all sequences; and they say so.
-bool refuses(const std::string& spec, const AttentionCase& input) {
-  if (spec.starts_with("paro")) return input.problem.causal || input.problem.variable_length();
-  if (spec.starts_with("moa")) return !input.problem.causal;
-  if (spec.starts_with("pisa") || spec.starts_with("draft") || spec.starts_with("sla")) return input.problem.causal;
-  return spec.starts_with("minference") && spec.find("dense_layers") == std::string::npos && !input.problem.causal;
-}
-
 class AllMethods : public testing::TestWithParam<CaseShape> {};
 
 /// Patterns whose queries may legitimately see nothing: a window that ends before a query placed beyond the last key.
@@ -99,7 +90,8 @@ std::vector<std::string> specs_to_hold() {
 TEST_P(AllMethods, FullBudgetIsDense) {
   const AttentionCase input(GetParam());
   for (const std::string& spec : kFullSpecs) {
-    if (!refuses(spec, input)) test::expect_full_budget_is_dense(*make_method(spec), input);
+    const auto method = make_method(spec);
+    if (method->info().domain.contains(input.problem)) test::expect_full_budget_is_dense(*method, input);
   }
 }
 
@@ -107,7 +99,7 @@ TEST_P(AllMethods, PlansAreValidIndependentOfThreadsAndNeverEmpty) {
   const AttentionCase input(GetParam());
   for (const std::string& spec : specs_to_hold()) {
     const auto method = make_method(spec);
-    if (refuses(spec, input)) {
+    if (!method->info().domain.contains(input.problem)) {
       EXPECT_THROW(method->plan(input.problem, input.inputs, {}), Error) << spec;
     } else if (!may_be_empty(spec, input)) {
       test::expect_plans_hold(*method, input);

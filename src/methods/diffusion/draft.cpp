@@ -105,7 +105,8 @@ class Draft {
             .family = "diffusion",
             .summary = "attention between averaged regions of frames decides which regions see each other",
             .paper = "DraftAttention: Fast Video Diffusion via Low-Resolution Attention Guidance, arXiv:2505.14708",
-            .phases = {.prefill = true, .decode = false}};
+            .phases = {.prefill = true, .decode = false},
+            .domain = {.causal = false, .reason = "the means of a region would mix in later tokens"}};
   }
 
   explicit Draft(Params params)
@@ -116,7 +117,6 @@ class Draft {
   }
 
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
-    require(!problem.causal, "draft: causal is true; expected false: the means of a region would mix in later tokens");
     std::vector<Regions> sequences;
     sequences.reserve(static_cast<std::size_t>(problem.batch));
     for (std::int64_t s = 0; s < problem.batch; ++s) {

@@ -98,7 +98,10 @@ class Paro {
             .paper =
                 "PAROAttention: Pattern-Aware Reordering for Efficient Sparse and Quantized Attention in Visual "
                 "Generation Models, arXiv:2506.16054",
-            .phases = {.prefill = true, .decode = false}};
+            .phases = {.prefill = true, .decode = false},
+            .domain = {.causal = false,
+                       .variable_length = false,
+                       .reason = "one grid order for all sequences mixes earlier and later tokens"}};
   }
 
   explicit Paro(Params params) : params_(params) {}
@@ -106,8 +109,6 @@ class Paro {
   std::unique_ptr<MethodState> new_state() const { return std::make_unique<Calibration>(); }
 
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
-    require(!problem.causal, "paro: causal is true; expected false: the orders mix earlier and later tokens");
-    require(!problem.variable_length(), "paro: the batch has variable lengths; expected one grid for all sequences");
     const std::array<OrderedTiles, 6> orders = orders_of(problem);
     auto* state = dynamic_cast<Calibration*>(context.state);
     if (state == nullptr) {

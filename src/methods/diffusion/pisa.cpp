@@ -149,20 +149,21 @@ class PiecewiseSparse {
             .family = "diffusion",
             .summary = "critical tiles exactly, all other tiles by a Taylor expansion around their mean key",
             .paper = "PISA: Piecewise Sparse Attention Is Wiser for Efficient Diffusion Transformers, arXiv:2602.01077",
-            .phases = {.prefill = true, .decode = false}};
+            .phases = {.prefill = true, .decode = false},
+            .domain = {.causal = false, .reason = "means and H of a tile would mix in later keys"}};
   }
 
   explicit PiecewiseSparse(Params params) : params_(std::move(params)) { params_.order.check("pisa"); }
 
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
-    require_supported(problem, inputs);
+    require_supported(inputs);
     const std::vector<OrderedTiles> sequences = sequences_of(problem);
     return plan_over(problem, inputs, context, sequences, moments_over(problem, inputs, sequences, context));
   }
 
   RunReport attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
                    const PlanContext& context, Plan* executed) const {
-    require_supported(problem, inputs);
+    require_supported(inputs);
     const auto start = std::chrono::steady_clock::now();
     const std::vector<OrderedTiles> sequences = sequences_of(problem);
     const std::vector<TileMoments> moments = moments_over(problem, inputs, sequences, context);
@@ -194,8 +195,7 @@ class PiecewiseSparse {
   }
 
  private:
-  static void require_supported(const Problem& problem, const AttentionInputs& inputs) {
-    require(!problem.causal, "pisa: causal is true; expected false: means and H of a tile would mix in later keys");
+  static void require_supported(const AttentionInputs& inputs) {
     require(!inputs.modifiers.changes_scores() && inputs.modifiers.sink_logits.empty(),
             "pisa: the expansion knows no modifiers of scores; expected none of softcap, ALiBi, key bias, sink logits");
   }

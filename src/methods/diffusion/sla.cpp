@@ -112,6 +112,7 @@ class SparseLinear {
                 "SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention, "
                 "arXiv:2509.24006",
             .phases = {.prefill = true, .decode = false, .backward = true},
+            .domain = {.causal = false, .reason = "the linear branch sums over whole key tiles"},
             .side = {{.name = "projection",
                       .axes = square,
                       .minimum = -0.1,
@@ -133,7 +134,7 @@ class SparseLinear {
   }
 
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
-    require_supported(problem, inputs);
+    require_supported(inputs);
     score::PlanRows rows(problem, params_.block_q, params_.block_k, problem.q_heads);
     const Means means(problem, inputs, params_, context.run.threads);
     rows.for_each_band(16, context.run.threads, [&](std::int64_t block, std::int64_t first, std::int64_t count, int) {
@@ -281,8 +282,7 @@ class SparseLinear {
     std::vector<float> o;        ///< [rows][value_dim], before the projection
   };
 
-  static void require_supported(const Problem& problem, const AttentionInputs& inputs) {
-    require(!problem.causal, "sla: causal is true; expected false: the method is bidirectional");
+  static void require_supported(const AttentionInputs& inputs) {
     require(!inputs.modifiers.changes_scores() && inputs.modifiers.sink_logits.empty(),
             "sla: the linear branch knows no modifiers of scores; expected none");
   }

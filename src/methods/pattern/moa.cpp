@@ -64,7 +64,8 @@ class MixtureOfSpans {
         .family = "pattern",
         .summary = "sinks plus a local span per head that grows linearly with the input",
         .paper = "MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression, arXiv:2406.14909",
-        .phases = {.prefill = true, .decode = true}};
+        .phases = {.prefill = true, .decode = true},
+        .domain = {.bidirectional = false, .reason = "spans reach back from the query"}};
   }
 
   explicit MixtureOfSpans(Params params) : params_(std::move(params)) {
@@ -74,7 +75,6 @@ class MixtureOfSpans {
   std::unique_ptr<MethodState> new_state() const { return std::make_unique<PromptLengths>(); }
 
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {
-    require(problem.causal, "moa: causal is false; expected true: spans reach back from the query");
     const std::vector<ElasticSpan> rules = rules_of(problem, context.layer);
     const auto heads = static_cast<std::int64_t>(rules.size());
     score::PlanRows rows(problem, 128, kSpanBlock, heads, false);

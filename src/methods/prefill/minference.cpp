@@ -64,7 +64,8 @@ class MInference {
             .paper =
                 "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention, "
                 "arXiv:2407.02490",
-            .phases = {.prefill = true, .decode = false}};
+            .phases = {.prefill = true, .decode = false},
+            .domain = {.bidirectional = false, .reason = "its patterns are distances before the query"}};
   }
 
   explicit MInference(Params params) : params_(std::move(params)) {
@@ -73,7 +74,6 @@ class MInference {
 
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
     if (context.layer < params_.dense_layers) return dense_plan(problem);
-    require(problem.causal, "minference needs a causal problem: its patterns are distances before the query");
     score::PlanRows rows(problem, kTile, kTile, problem.q_heads);
     std::vector<Head> heads(static_cast<std::size_t>(rows.blocks()));
     for (std::int64_t b = 0; b < rows.blocks(); ++b) {
