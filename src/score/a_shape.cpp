@@ -48,4 +48,25 @@ void AShape::add_with_dense_rows(const QueryTiles& tiles, std::int64_t tile, std
   row.bits(sinks, visible, bits);
 }
 
+Plan a_shape_plan(const Problem& problem, const AShape& shape, std::int64_t n_last, int threads) {
+  PlanRows rows(problem, 128, 128, 1, !problem.variable_length());
+  const std::int64_t band = rows.add_band(shape.band(problem.causal));
+  for (std::int64_t block = 0; block < rows.blocks(); ++block) {
+    const QueryTiles tiles = rows.geometry(block);
+    const std::int64_t dense_from = tiles.queries - std::min(n_last, tiles.queries);
+    parallel_for(tiles.count(), threads, [&](std::int64_t tile, int) {
+      PlanRow& row = rows.row(block, tile);
+      const std::int64_t cut = dense_from - tile * tiles.tile_q;
+      if (cut <= 0) {
+        row.everything(tiles, tile);
+      } else if (cut < tiles.rows(tile)) {
+        shape.add_with_dense_rows(tiles, tile, cut, row);
+      } else {
+        shape.add(tiles, tile, band, row);
+      }
+    });
+  }
+  return std::move(rows).finish(threads);
+}
+
 }  // namespace tessera::score

@@ -25,4 +25,7 @@ struct AShape {
   void add_with_dense_rows(const QueryTiles& tiles, std::int64_t tile, std::int64_t dense_from, PlanRow& row) const;
 };
 
+/// The plan of an A-shape for all heads, in which the last n_last query rows of the call see everything (Tri-shape).
+Plan a_shape_plan(const Problem& problem, const AShape& shape, std::int64_t n_last, int threads);
+
 }  // namespace tessera::score

@@ -67,6 +67,14 @@ void PlanRow::selected_tiles(const QueryTiles& geometry, std::int64_t tile, std:
   }
 }
 
+void PlanRow::flagged_tiles(const QueryTiles& geometry, std::int64_t tile, std::span<const std::uint8_t> flags) {
+  std::vector<std::int32_t> selected;
+  for (std::size_t j = 0; j < flags.size(); ++j) {
+    if (flags[j] != 0) selected.push_back(static_cast<std::int32_t>(j));
+  }
+  selected_tiles(geometry, tile, selected);
+}
+
 void PlanRow::selected_keys(const QueryTiles& geometry, std::int64_t tile, std::span<const std::int32_t> selected) {
   const std::int64_t common = geometry.common_keys(tile);
   std::vector<std::int32_t> single;

@@ -32,6 +32,8 @@ struct PlanRow {
   void everything(const QueryTiles& geometry, std::int64_t tile);
   /// The given key tiles (ascending, visible), neighbours merged; causal masking only where rows differ.
   void selected_tiles(const QueryTiles& geometry, std::int64_t tile, std::span<const std::int32_t> selected);
+  /// The key tiles j < flags.size() with flags[j] != 0.
+  void flagged_tiles(const QueryTiles& geometry, std::int64_t tile, std::span<const std::uint8_t> flags);
   /// The given keys (ascending, visible): long stretches as runs, the rest as one gather; causal where
   /// rows differ.
   void selected_keys(const QueryTiles& geometry, std::int64_t tile, std::span<const std::int32_t> selected);

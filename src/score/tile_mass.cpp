@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cassert>
+#include <cmath>
 #include <limits>
 
 #include "score/exponential.h"
@@ -18,14 +19,22 @@ std::int64_t ceil_division(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
 }
 
-/// Joined queries, each group of `stride` rows in reverse order; rows past the end are zero.
+/// Joined queries, each group of `stride` rows in reverse order, of every `step`-th group; rows past the end are zero.
 void load_reversed_groups(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence,
                           std::int64_t q_head, std::int64_t first, std::int64_t rows, std::int64_t stride,
-                          std::vector<float>& out) {
+                          std::int64_t step, std::vector<float>& out) {
   const std::int64_t dim = problem.head_dim;
-  const std::int64_t groups = ceil_division(rows, stride);
+  const std::int64_t groups = ceil_division(rows, stride * step);
   out.assign(static_cast<std::size_t>(groups * stride * dim), 0.0F);
-  load_queries(problem, inputs, sequence, q_head, first, rows, out.data());
+  if (step == 1) {
+    load_queries(problem, inputs, sequence, q_head, first, rows, out.data());
+  } else {
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const std::int64_t at = g * stride * step;
+      load_queries(problem, inputs, sequence, q_head, first + at, std::min(stride, rows - at),
+                   out.data() + g * stride * dim);
+    }
+  }
   if (stride == 1) return;
   for (std::int64_t g = 0; g < groups; ++g) {
     float* group = out.data() + g * stride * dim;
@@ -38,14 +47,16 @@ void load_reversed_groups(const Problem& problem, const AttentionInputs& inputs,
 }  // namespace
 
 std::int64_t tiles_per_band(const TileMassOptions& options) {
-  return std::max<std::int64_t>(1, kPanelRows * options.stride / options.tile_q);
+  return std::max<std::int64_t>(1, kPanelRows * options.stride * options.query_step / options.tile_q);
 }
 
 void tile_mass(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence, std::int64_t q_head,
                const TileMassOptions& options, std::int64_t first_tile, std::int64_t tiles, std::span<float> mass,
                TileMassBuffers& buffers) {
   const std::int64_t stride = options.stride;
-  assert(options.tile_q % stride == 0 && options.tile_k % stride == 0);
+  const std::int64_t group_rows = stride * options.query_step;  // query rows that one group stands for
+  const bool peaks = options.statistic == TileStatistic::maximum;
+  assert(options.tile_q % group_rows == 0 && options.tile_k % stride == 0);
   const QueryTiles geometry(problem, sequence, options.tile_q, options.tile_k);
   const std::int64_t key_tiles = geometry.key_tiles();
   assert(static_cast<std::int64_t>(mass.size()) == tiles * key_tiles);
@@ -53,7 +64,7 @@ void tile_mass(const Problem& problem, const AttentionInputs& inputs, std::int64
 
   const std::int64_t first_query = first_tile * options.tile_q;
   const std::int64_t queries = std::min(tiles * options.tile_q, geometry.queries - first_query);
-  const std::int64_t groups = ceil_division(queries, stride);
+  const std::int64_t groups = ceil_division(queries, group_rows);
   const std::int64_t key_groups = ceil_division(geometry.keys, stride);
   const std::int64_t tile_groups = options.tile_k / stride;
   const std::int64_t panel_tiles = std::max<std::int64_t>(1, kPanelRows / tile_groups);
@@ -64,17 +75,19 @@ void tile_mass(const Problem& problem, const AttentionInputs& inputs, std::int64
   // Causality is judged for whole groups: a group sees the key groups that begin no later than its last query.
   const auto visible_groups = [&](std::int64_t group) {
     if (!geometry.causal) return key_groups;
-    const std::int64_t last = geometry.offset + first_query + group * stride + stride - 1;
+    const std::int64_t last = geometry.offset + first_query + group * group_rows + stride - 1;
     return last < 0 ? 0 : std::min(key_groups, last / stride + 1);
   };
   const std::int64_t visible_end = groups == 0 ? 0 : visible_groups(groups - 1);
   const std::int64_t panels = ceil_division(visible_end, panel_groups);
   if (panels == 0) return;
 
-  load_reversed_groups(problem, inputs, sequence, q_head, first_query, queries, stride, buffers.queries);
+  load_reversed_groups(problem, inputs, sequence, q_head, first_query, queries, stride, options.query_step,
+                       buffers.queries);
   buffers.scores.resize(static_cast<std::size_t>(groups * panel_groups));
   buffers.panel_maximum.assign(static_cast<std::size_t>(groups * panels), -std::numeric_limits<float>::infinity());
   buffers.tile_sum.assign(static_cast<std::size_t>(groups * panels * panel_tiles), 0.0F);
+  buffers.tile_peak.assign(peaks ? buffers.tile_sum.size() : 0, 0.0F);
 
   for (std::int64_t panel = 0; panel < panels; ++panel) {
     const std::int64_t begin = panel * panel_groups;
@@ -92,14 +105,17 @@ void tile_mass(const Problem& problem, const AttentionInputs& inputs, std::int64
       const float maximum = row_maximum(row, visible);
       exponentiate(row, visible, maximum);
       buffers.panel_maximum[g * panels + panel] = maximum;
-      float* sums = buffers.tile_sum.data() + (g * panels + panel) * panel_tiles;
+      const std::int64_t first_tile_of_panel = (g * panels + panel) * panel_tiles;
       for (std::int64_t at = 0; at < visible; at += tile_groups) {
-        *sums++ = row_sum(row + at, std::min(tile_groups, visible - at));
+        const std::int64_t tile = first_tile_of_panel + at / tile_groups;
+        const std::int64_t size = std::min(tile_groups, visible - at);
+        buffers.tile_sum[tile] = row_sum(row + at, size);
+        if (peaks) buffers.tile_peak[tile] = row_maximum(row + at, size);
       }
     }
   }
 
-  const std::int64_t groups_per_tile = options.tile_q / stride;
+  const std::int64_t groups_per_tile = options.tile_q / group_rows;
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t visible = visible_groups(g);
     if (visible == 0) continue;
@@ -117,7 +133,16 @@ void tile_mass(const Problem& problem, const AttentionInputs& inputs, std::int64
       const float factor = exponential(maxima[panel] - maximum) / total;
       const std::int64_t first = panel * panel_tiles;
       const std::int64_t end = std::min(first + panel_tiles, row_tiles);
-      for (std::int64_t tile = first; tile < end; ++tile) out[tile] += sums[tile] * factor;
+      const float* tile_peaks = peaks ? buffers.tile_peak.data() + g * panels * panel_tiles : nullptr;
+      for (std::int64_t tile = first; tile < end; ++tile) {
+        if (peaks) {
+          // An undefined row makes its tiles NaN for good.
+          const float peak = tile_peaks[tile] * factor;
+          out[tile] = out[tile] >= peak ? out[tile] : std::isnan(out[tile]) ? out[tile] : peak;
+        } else {
+          out[tile] += sums[tile] * factor;
+        }
+      }
     }
   }
 }

@@ -8,9 +8,6 @@
 // Differs from the authors' code: one pass instead of two stages merged by LSE; the window is counted from the key
 // positions, so chunked prefill (fewer queries than keys) and decode see what the whole prompt would see. n_last counts
 // from the end of the queries of the call. Without causality the window is symmetric.
-#include <algorithm>
-
-#include "core/parallel.h"
 #include "methods/registry.h"
 #include "score/a_shape.h"
 
@@ -38,25 +35,7 @@ struct Streaming {
   }
 
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {
-    const score::AShape shape{params.n_init, params.n_local};
-    score::PlanRows rows(problem, 128, 128, 1, !problem.variable_length());
-    const std::int64_t band = rows.add_band(shape.band(problem.causal));
-    for (std::int64_t block = 0; block < rows.blocks(); ++block) {
-      const score::QueryTiles tiles = rows.geometry(block);
-      const std::int64_t dense_from = tiles.queries - std::min(params.n_last, tiles.queries);
-      parallel_for(tiles.count(), context.run.threads, [&](std::int64_t tile, int) {
-        score::PlanRow& row = rows.row(block, tile);
-        const std::int64_t cut = dense_from - tile * tiles.tile_q;
-        if (cut <= 0) {
-          row.everything(tiles, tile);
-        } else if (cut < tiles.rows(tile)) {
-          shape.add_with_dense_rows(tiles, tile, cut, row);
-        } else {
-          shape.add(tiles, tile, band, row);
-        }
-      });
-    }
-    return std::move(rows).finish(context.run.threads);
+    return score::a_shape_plan(problem, {params.n_init, params.n_local}, params.n_last, context.run.threads);
   }
 
   Params params;
