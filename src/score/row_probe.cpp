@@ -27,8 +27,11 @@ void accumulate(float* row, std::int64_t count, float& maximum, float& sum) {
 }  // namespace
 
 void probe_rows(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence, std::int64_t q_head,
-                std::int64_t first, std::int64_t rows, bool want_offsets, LineScores& out, ProbeBuffers& buffers) {
-  const QueryTiles geometry(problem, sequence, std::max<std::int64_t>(1, rows), kPanelKeys);
+                std::int64_t first, std::int64_t rows, bool want_offsets, LineScores& out, ProbeBuffers& buffers,
+                const ProbedKeys& seen) {
+  QueryTiles geometry(problem, sequence, std::max<std::int64_t>(1, rows), kPanelKeys);
+  geometry.causal = geometry.causal && seen.causal;
+  geometry.keys = std::min(geometry.keys, seen.limit);
   const std::int64_t dim = problem.head_dim;
   const std::int64_t kv_head = q_head / problem.group();
   const std::int64_t first_position = geometry.offset + first;

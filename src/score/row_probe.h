@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "tessera/attention.h"
@@ -17,6 +18,12 @@ struct LineScores {
   /// [o]: sum over rows of P[r][p_r - o], the mass at distance o before the query. Distances run from 0 to
   /// `offsets.size() - 1` = position of the last probed row; keys after the query (non-causal) are not counted.
   std::vector<float> offsets;
+};
+
+/// Which keys the probed rows see.
+struct ProbedKeys {
+  std::int64_t limit = std::numeric_limits<std::int64_t>::max();  ///< first keys of the sequence
+  bool causal = true;  ///< false: all of them, also where the problem is causal (PBS-Attn, 2510.21270)
 };
 
 /// Working memory of one thread; reused between calls.
@@ -32,6 +39,7 @@ struct ProbeBuffers {
 /// Probes query rows [first, first + rows) of (sequence, query head). Two passes over the keys (maximum and sum, then
 /// probabilities), so memory is O(keys). NaN scores make the columns and offsets of their rows NaN.
 void probe_rows(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence, std::int64_t q_head,
-                std::int64_t first, std::int64_t rows, bool want_offsets, LineScores& out, ProbeBuffers& buffers);
+                std::int64_t first, std::int64_t rows, bool want_offsets, LineScores& out, ProbeBuffers& buffers,
+                const ProbedKeys& seen = {});
 
 }  // namespace tessera::score
