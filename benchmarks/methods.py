@@ -4,7 +4,7 @@
     benchmarks/methods.py build/release/bin/tessera [--threads 2] [--len 8192] [--repeats 3] [--only TEXT]
 
 Selectors run a prefill (or a decoding step) of generated heads through `tessera bench attention`: share of the pairs that
-is computed, share of dense attention's time that choosing and running take. Caches run the embedded model through
+is computed, share of dense attention's time that choosing and running take, error against dense attention. Caches run the embedded model through
 `tessera run` on the demo's document: what they hold after the prompt, and how fast they decode beside the dense cache.
 """
 
@@ -25,7 +25,8 @@ def selectors(options):
     video = [*shape, "--len", "8192", "--grid", GRID, "--data", "heads-video"]
     decode = [*shape, "--len", str(4 * options.len), "--phase", "decode", "--data", "heads-llm"]
     gradients = [*shape, "--len", str(options.len), "--causal", "--phase", "backward"]
-    rows = [(spec, text) for spec in ("window", "streaming", "moa", "xattention", "minference", "oracle-topk")]
+    rows = [(spec, text) for spec in ("window", "streaming", "tri-shape", "moa", "xattention", "minference")]
+    rows += [(spec, text) for spec in ("flexprefill", "proxyattn", "pbs", "oracle-topk")]
     rows += [(spec, text) for spec in ("moba", "nsa", "softplus-reweight", "gated")]
     rows += [(spec, text) for spec in ("lightning2", "gated-deltanet", "kda")]
     rows += [(spec, video) for spec in ("gna", "psa", "pisa", "draft", "sla")]
@@ -46,8 +47,15 @@ def run_json(command):
     return json.loads(result.stdout)
 
 
+def errors_of(row):
+    """Error against dense attention; recurrences and gradients have none."""
+    error = row.get("error")
+    return f"{error['rel_l2']:>9.3f}{error['softmax_mass']:>8.3f}" if error else ""
+
+
 def bench_selectors(options):
-    print(f"{'method':<34}{'phase':>9}{'density':>9}{'kernel/dense':>14}{'plan/dense':>12}{'tokens/s':>12}")
+    print(f"{'method':<34}{'phase':>9}{'density':>9}{'kernel/dense':>14}{'plan/dense':>12}{'tokens/s':>12}"
+          f"{'rel L2':>9}{'mass':>8}")  # fmt: skip
     for spec, arguments in selectors(options):
         if options.only not in spec:
             continue
@@ -61,7 +69,7 @@ def bench_selectors(options):
             continue
         tokens = row.get("tokens_per_second", 0)
         print(f"{spec:<34}{phase:>9}{row['density']:>9.3f}{row['ratio_to_dense']:>14.3f}{row['plan_to_dense']:>12.3f}"
-              f"{tokens:>12.0f}", flush=True)  # fmt: skip
+              f"{tokens:>12.0f}{errors_of(row)}", flush=True)  # fmt: skip
 
 
 def bench_caches(options):

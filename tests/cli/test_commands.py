@@ -111,9 +111,14 @@ class BenchTest(CommandLineTest):
         self.assertEqual((result["method"], result["dtype"]), ("window", "bf16"))
         self.assertEqual(result["params"]["left"], 31)
         self.assertAlmostEqual(result["density"], (256 * 32 - 31 * 32 / 2) / (256 * 257 / 2))
+        self.assertEqual(list(result["error"]), ["rel_l2", "max_abs", "softmax_mass"])
+        self.assertGreater(result["error"]["rel_l2"], 0.05)
+        self.assertTrue(0.1 < result["error"]["softmax_mass"] < 0.9)
 
     def test_dense(self):
-        self.assertEqual(self.check("--method", "dense", "--data", "randn")["density"], 1)
+        result = self.check("--method", "dense", "--data", "randn")
+        self.assertEqual(result["density"], 1)
+        self.assertEqual(result["error"], {"rel_l2": 0, "max_abs": 0, "softmax_mass": 1})
 
     def test_random_block(self):
         result = self.check("--plan", "random-block:tile=32,density=0.25", "--causal")
@@ -151,6 +156,7 @@ class BenchTest(CommandLineTest):
                 result = self.succeed_json("bench", "attention", *self.small, "--method", method, *phase)
                 self.assertEqual(list(result)[: len(BENCH_KEYS)], BENCH_KEYS)
                 self.assertEqual(result["density"], 0)
+                self.assertNotIn("error", result)
                 for key in ("gflops", "tokens_per_second", "ratio_to_dense"):
                     self.assertGreater(result[key], 0, (method, key))
 

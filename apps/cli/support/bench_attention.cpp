@@ -275,6 +275,7 @@ struct Result {
   Spread dense_ms;
   Spread forward_ms;  ///< of the same subject, in the backward phase
   Peaks peaks;
+  std::optional<OutputError> error;  ///< of the subject against dense, in the same dtype; none for a recurrence
   double peak_rss_mb = 0;
   double extra_mb = 0;  ///< what one execution needed beyond its inputs and outputs
   double inputs_outputs_mb = 0;
@@ -397,8 +398,15 @@ Result measure(const Options& options, const Problem& problem, Subject& subject,
     result.peaks.measure(*run_options.isa, dtype, threads, false);
     return result;
   }
+  std::vector<std::byte> subject_o = o;
+  std::vector<float> subject_lse = lse;
   run(dense, inputs, outputs, dense_options);
   verify_samples("dense", dense, inputs, outputs);
+  if (subject.has_plan()) {
+    result.error = compare_outputs(view_of(subject_o.data(), dtype, outputs.o.shape), subject_lse, outputs.o, lse);
+  }
+  std::vector<std::byte>().swap(subject_o);
+  std::vector<float>().swap(subject_lse);
 
   std::vector<double> plan_ms;
   std::vector<double> kernel_ms;
@@ -460,6 +468,11 @@ nlohmann::ordered_json to_json(const Options& options, const Subject& subject, c
       {"inputs_outputs_mb", result.inputs_outputs_mb},
       {"extra_mb", result.extra_mb},
       {"workspace_mb", static_cast<double>(result.report.workspace_bytes) / 1e6}};
+  if (result.error) {
+    json["error"] = {{"rel_l2", result.error->rel_l2},
+                     {"max_abs", result.error->max_abs},
+                     {"softmax_mass", result.error->softmax_mass}};
+  }
   if (backward) {
     const double forward_gflops = forward_flops / (result.forward_ms.median / 1e3) / 1e9;
     json["forward_ms"] = to_json(result.forward_ms);
@@ -491,6 +504,11 @@ void print_text(const nlohmann::ordered_json& json) {
                number("ratio_to_density_times_dense"));
   } else {
     fmt::print("  ratio      {:.4f} of dense\n", number("ratio_to_dense"));
+  }
+  if (json.contains("error")) {
+    fmt::print("  error      relative L2 {:.4g}, largest {:.4g}, softmax mass {:.4f}, against dense in {}\n",
+               json["error"]["rel_l2"].get<double>(), json["error"]["max_abs"].get<double>(),
+               json["error"]["softmax_mass"].get<double>(), json["dtype"].get<std::string>());
   }
   fmt::print("  arithmetic {:.1f} GFLOP/s, {:.1f} % of the peak {:.1f}\n", number("gflops"),
              100 * number("fraction_of_peak"), number("peak_gflops"));
