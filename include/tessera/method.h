@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -66,6 +67,14 @@ struct Domain {
   }
 };
 
+/// The parameter that trades quality for cost, so that methods can be compared at equal density or error.
+struct BudgetParameter {
+  std::string name;
+  double sparsest = 0;       ///< value of little work
+  double densest = 1;        ///< value of much work, dense or as far as the method goes
+  bool logarithmic = false;  ///< steps multiply, as for counts of tokens
+};
+
 struct MethodInfo {
   std::string name;     ///< as in SPEC
   std::string family;   ///< pattern, prefill, decode, diffusion, trainable, linear
@@ -73,6 +82,7 @@ struct MethodInfo {
   std::string paper;    ///< title and arXiv id, empty for plain patterns
   Phases phases;
   Domain domain = {};
+  std::optional<BudgetParameter> budget = {};
   std::vector<SideInputInfo> side = {};  ///< what AttentionInputs::side may or must hold
   bool has_plan = true;                  ///< false: a recurrence; plan() throws and attend() executes no plan
   bool own_cache = false;  ///< keeps keys and values its own way (Method::new_cache); filled in by the registry

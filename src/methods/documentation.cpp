@@ -50,6 +50,7 @@ std::string methods_markdown() {
     if (!entry.info.paper.empty()) text += fmt::format("Source: {}. ", entry.info.paper);
     text += fmt::format("Phases: {}.{}{}\n", phases_of(entry.info.phases), domain_of(entry.info.domain),
                         entry.info.own_cache ? " Keeps keys and values its own way." : "");
+    if (entry.info.budget) text += fmt::format("`{}` trades quality for cost.\n", entry.info.budget->name);
     if (!entry.info.has_plan) text += "\nA recurrence: it has no plan, and its state carries over from call to call.\n";
     if (!entry.info.side.empty()) {
       text += "\n| side input | shape | needed | meaning |\n|---|---|---|---|\n";

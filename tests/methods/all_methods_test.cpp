@@ -1,6 +1,8 @@
 // What must hold for every method, over every kind of input.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "methods/masks.h"
@@ -252,6 +254,29 @@ TEST(AllMethods, AttendRunsThePlanThatItReports) {
     }
     for (std::int64_t d = 0; d < problem.value_dim; ++d) {
       ASSERT_NEAR(o[(problem.q_len + n) * problem.value_dim + d], expected[d] / sum, 1e-4);
+    }
+  }
+}
+
+TEST(AllMethods, BudgetParametersRunFromLittleWorkToMuch) {
+  const AttentionCase causal({.name = "causal", .q_len = 300, .kv_len = 300});
+  const AttentionCase bidirectional({.name = "bidirectional", .q_len = 300, .kv_len = 300, .causal = false});
+  for (const MethodEntry& entry : methods()) {
+    if (!entry.info.budget) continue;
+    const BudgetParameter& budget = *entry.info.budget;
+    SCOPED_TRACE(entry.info.name + " " + budget.name);
+    const auto declared = std::find_if(entry.parameters.begin(), entry.parameters.end(),
+                                       [&](const ParameterInfo& parameter) { return parameter.name == budget.name; });
+    ASSERT_TRUE(declared != entry.parameters.end());
+    const AttentionCase& input = entry.info.domain.causal ? causal : bidirectional;
+    const auto density = [&](double value) {
+      const std::string text = declared->type == "int" ? fmt::format("{:.0f}", value) : fmt::format("{}", value);
+      const auto method = make_method(entry.info.name + ":" + budget.name + "=" + text);
+      return entry.info.phases.prefill ? statistics(method->plan(input.problem, input.inputs, {})).density : 0;
+    };
+    EXPECT_LE(density(budget.sparsest), density(budget.densest));
+    if (budget.logarithmic) {
+      EXPECT_TRUE(budget.sparsest > 0 && budget.densest > budget.sparsest);
     }
   }
 }

@@ -43,7 +43,8 @@ struct Delta {
             .paper =
                 "DELTA: Dynamic Layer-Aware Token Attention for Efficient Long-Context Reasoning, "
                 "arXiv:2510.09883",
-            .phases = {.prefill = false, .decode = true}};
+            .phases = {.prefill = false, .decode = true},
+            .budget = {{"pages", 1, 1 << 20, true}}};
   }
 
   explicit Delta(Params given)

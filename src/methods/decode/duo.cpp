@@ -101,7 +101,8 @@ class Duo {
             .paper =
                 "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads, "
                 "arXiv:2410.10819",
-            .phases = {.prefill = true, .decode = true}};
+            .phases = {.prefill = true, .decode = true},
+            .budget = {{"sparsity", 1, 0}}};
   }
 
   explicit Duo(const Params& params) : whole_chunk_(params.whole_chunk) {

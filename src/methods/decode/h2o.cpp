@@ -238,7 +238,8 @@ struct H2O {
             .paper =
                 "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models, "
                 "arXiv:2306.14048",
-            .phases = {.prefill = true, .decode = true}};
+            .phases = {.prefill = true, .decode = true},
+            .budget = {{"heavy_ratio", 0, 1}}};
   }
 
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext&) const { return dense_plan(problem); }

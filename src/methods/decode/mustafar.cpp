@@ -237,7 +237,8 @@ struct Mustafar {
         .family = "decode",
         .summary = "unstructured sparse keys and values as bitmaps, which decoding computes on directly",
         .paper = "Mustafar: Promoting Unstructured Sparsity for KV Cache Pruning in LLM Inference, arXiv:2505.22913",
-        .phases = {.prefill = true, .decode = true}};
+        .phases = {.prefill = true, .decode = true},
+        .budget = {{"key_sparsity", 0.95, 0}}};
   }
 
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext&) const { return dense_plan(problem); }

@@ -176,7 +176,8 @@ class Razor {
             .family = "decode",
             .summary = "full cache for retrieval heads; sinks, a buffer and a compensation token for the others",
             .paper = "RazorAttention: Efficient KV Cache Compression Through Retrieval Heads, arXiv:2407.15891",
-            .phases = {.prefill = true, .decode = true}};
+            .phases = {.prefill = true, .decode = true},
+            .budget = {{"sparsity", 1, 0}}};
   }
 
   explicit Razor(const Params& params) : params_(params) {

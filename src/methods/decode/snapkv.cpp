@@ -184,7 +184,8 @@ struct SnapKV {
             .family = "decode",
             .summary = "compresses the prompt once to the keys that its last queries attend to, smoothed",
             .paper = "SnapKV: LLM Knows What You are Looking for Before Generation, arXiv:2404.14469",
-            .phases = {.prefill = true, .decode = true}};
+            .phases = {.prefill = true, .decode = true},
+            .budget = {{"capacity", 64, 1 << 20, true}}};
   }
 
   explicit SnapKV(Params given) : params(given) {

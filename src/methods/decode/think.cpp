@@ -268,7 +268,8 @@ struct ThinK {
             .family = "decode",
             .summary = "drops the key channels of the prompt that its last queries make least of",
             .paper = "ThinK: Thinner Key Cache by Query-Driven Pruning, arXiv:2407.21018",
-            .phases = {.prefill = true, .decode = true}};
+            .phases = {.prefill = true, .decode = true},
+            .budget = {{"ratio", 0.9, 0}}};
   }
 
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext&) const { return dense_plan(problem); }

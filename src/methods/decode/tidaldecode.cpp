@@ -38,7 +38,8 @@ struct TidalDecode {
             .paper =
                 "TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention, "
                 "arXiv:2410.05076",
-            .phases = {.prefill = false, .decode = true}};
+            .phases = {.prefill = false, .decode = true},
+            .budget = {{"budget", 16, 1 << 20, true}}};
   }
 
   LayerMode mode_of(std::int64_t layer) const {

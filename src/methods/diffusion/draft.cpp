@@ -106,7 +106,8 @@ class Draft {
             .summary = "attention between averaged regions of frames decides which regions see each other",
             .paper = "DraftAttention: Fast Video Diffusion via Low-Resolution Attention Guidance, arXiv:2505.14708",
             .phases = {.prefill = true, .decode = false},
-            .domain = {.causal = false, .reason = "the means of a region would mix in later tokens"}};
+            .domain = {.causal = false, .reason = "the means of a region would mix in later tokens"},
+            .budget = {{"sparsity", 1, 0}}};
   }
 
   explicit Draft(Params params)

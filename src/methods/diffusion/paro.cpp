@@ -101,7 +101,8 @@ class Paro {
             .phases = {.prefill = true, .decode = false},
             .domain = {.causal = false,
                        .variable_length = false,
-                       .reason = "one grid order for all sequences mixes earlier and later tokens"}};
+                       .reason = "one grid order for all sequences mixes earlier and later tokens"},
+            .budget = {{"density", 0, 1}}};
   }
 
   explicit Paro(Params params) : params_(params) {}

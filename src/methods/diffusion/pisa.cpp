@@ -150,7 +150,8 @@ class PiecewiseSparse {
             .summary = "critical tiles exactly, all other tiles by a Taylor expansion around their mean key",
             .paper = "PISA: Piecewise Sparse Attention Is Wiser for Efficient Diffusion Transformers, arXiv:2602.01077",
             .phases = {.prefill = true, .decode = false},
-            .domain = {.causal = false, .reason = "means and H of a tile would mix in later keys"}};
+            .domain = {.causal = false, .reason = "means and H of a tile would mix in later keys"},
+            .budget = {{"density", 0, 1}}};
   }
 
   explicit PiecewiseSparse(Params params) : params_(std::move(params)) { params_.order.check("pisa"); }

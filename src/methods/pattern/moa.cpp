@@ -65,7 +65,8 @@ class MixtureOfSpans {
         .summary = "sinks plus a local span per head that grows linearly with the input",
         .paper = "MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression, arXiv:2406.14909",
         .phases = {.prefill = true, .decode = true},
-        .domain = {.bidirectional = false, .reason = "spans reach back from the query"}};
+        .domain = {.bidirectional = false, .reason = "spans reach back from the query"},
+        .budget = {{"beta", 0, 1}}};
   }
 
   explicit MixtureOfSpans(Params params) : params_(std::move(params)) {

@@ -31,7 +31,8 @@ struct Streaming {
             .family = "pattern",
             .summary = "attention sinks plus a local window (A-shape), optionally with dense last rows (Tri-shape)",
             .paper = "Efficient Streaming Language Models with Attention Sinks, arXiv:2309.17453",
-            .phases = {.prefill = true, .decode = true, .backward = true}};
+            .phases = {.prefill = true, .decode = true, .backward = true},
+            .budget = {{"n_local", 16, 1 << 20, true}}};
   }
 
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {

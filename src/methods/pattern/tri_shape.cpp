@@ -32,7 +32,8 @@ struct TriShape {
             .summary = "sinks, local window and dense last rows, from a layer on",
             .paper = "SCBench: A KV Cache-Centric Analysis of Long-Context Methods, arXiv:2412.10319",
             .phases = {.prefill = true, .decode = false, .backward = true},
-            .domain = {.bidirectional = false, .reason = "its last rows are those that see the most"}};
+            .domain = {.bidirectional = false, .reason = "its last rows are those that see the most"},
+            .budget = {{"n_local", 16, 1 << 20, true}}};
   }
 
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {

@@ -23,7 +23,8 @@ struct SlidingWindow {
             .family = "pattern",
             .summary = "sliding window of keys around the query",
             .paper = "Longformer: The Long-Document Transformer, arXiv:2004.05150",
-            .phases = {.prefill = true, .decode = true, .backward = true}};
+            .phases = {.prefill = true, .decode = true, .backward = true},
+            .budget = {{"left", 15, 1 << 20, true}}};
   }
 
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {

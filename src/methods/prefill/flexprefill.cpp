@@ -80,7 +80,8 @@ class FlexPrefill {
             "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence Inference, "
             "arXiv:2502.20766",
         .phases = {.prefill = true, .decode = false},
-        .domain = {.bidirectional = false, .reason = "its slash lines are distances before the query"}};
+        .domain = {.bidirectional = false, .reason = "its slash lines are distances before the query"},
+        .budget = {{"gamma", 0, 1}}};
   }
 
   explicit FlexPrefill(Params params) : params_(params) {}

@@ -65,7 +65,8 @@ class MInference {
                 "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention, "
                 "arXiv:2407.02490",
             .phases = {.prefill = true, .decode = false},
-            .domain = {.bidirectional = false, .reason = "its patterns are distances before the query"}};
+            .domain = {.bidirectional = false, .reason = "its patterns are distances before the query"},
+            .budget = {{"sl", 50, 1 << 20, true}}};
   }
 
   explicit MInference(Params params) : params_(std::move(params)) {

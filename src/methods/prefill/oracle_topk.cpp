@@ -44,7 +44,8 @@ struct OracleTopK {
             .family = "prefill",
             .summary = "exact top-k or top-p of blocks or tokens from full scores: the yardstick, not a speed-up",
             .paper = "",
-            .phases = {.prefill = true, .decode = true}};
+            .phases = {.prefill = true, .decode = true},
+            .budget = {{"k", 1, 1 << 20, true}}};
   }
 
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {

@@ -46,7 +46,8 @@ class Pbs {
             .summary = "keys sorted by importance inside segments, tiles by pooled scores and cumulative mass",
             .paper = "Sparser Block-Sparse Attention via Token Permutation, arXiv:2510.21270",
             .phases = {.prefill = true, .decode = false, .backward = true},
-            .domain = {.bidirectional = false, .reason = "its segments lie before or around the query"}};
+            .domain = {.bidirectional = false, .reason = "its segments lie before or around the query"},
+            .budget = {{"threshold", 0, 1}}};
   }
 
   explicit Pbs(Params params) : params_(params) {

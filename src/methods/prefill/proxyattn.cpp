@@ -50,7 +50,8 @@ class ProxyAttn {
             .family = "prefill",
             .summary = "tiles ranked by the largest probability of a mean head, counted per head by its last queries",
             .paper = "ProxyAttn: Guided Sparse Attention via Representative Heads, arXiv:2509.24745",
-            .phases = {.prefill = true, .decode = false}};
+            .phases = {.prefill = true, .decode = false},
+            .budget = {{"gamma", 0, 1}}};
   }
 
   explicit ProxyAttn(Params params) : params_(params) {

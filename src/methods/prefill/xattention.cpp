@@ -43,7 +43,8 @@ class XAttention {
             .family = "prefill",
             .summary = "tiles by antidiagonal scores and cumulative mass",
             .paper = "XAttention: Block Sparse Attention with Antidiagonal Scoring, arXiv:2503.16428",
-            .phases = {.prefill = true, .decode = false}};
+            .phases = {.prefill = true, .decode = false},
+            .budget = {{"tau", 0, 1}}};
   }
 
   explicit XAttention(Params params) : params_(std::move(params)) {

@@ -173,7 +173,8 @@ struct Nsa {
             .paper =
                 "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention, "
                 "arXiv:2502.11089",
-            .phases = {.prefill = true, .decode = true, .backward = true}};
+            .phases = {.prefill = true, .decode = true, .backward = true},
+            .budget = {{"top_k", 2, 1 << 20, true}}};
   }
 
   /// The selected branch: what the data decides. The other two follow from the shapes.
