@@ -31,7 +31,8 @@ def selectors(options):
     rows += [(spec, text) for spec in ("lightning2", "gated-deltanet", "kda")]
     rows += [(spec, video) for spec in ("gna", "psa", "pisa", "draft", "sla")]
     rows += [(spec, decode) for spec in ("streaming", "quest:dense_layers=0", "oracle-topk:unit=token,k=1024")]
-    rows += [(spec, gradients) for spec in ("dense", "moba", "nsa")]
+    rows += [(spec, gradients) for spec in ("dense", "moba", "nsa", "softplus-reweight", "gated")]
+    rows += [(spec, gradients) for spec in ("lightning2", "gated-deltanet", "kda")]
     return rows
 
 

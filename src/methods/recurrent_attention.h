@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "methods/side_reader.h"
 #include "tessera/method.h"
 #include "tessera/recurrent.h"
 
@@ -45,40 +46,6 @@ struct RecurrentLayer {
   RecurrentOptions options;
 };
 
-/// Reads the side inputs of one call for the tokens that it adds. Throws Error naming the method, the tensor and the
-/// expected shape.
-class SideReader {
- public:
-  /// Tokens [first, first + tokens) of `all` on the axis of the keys.
-  SideReader(std::string_view method, const Problem& problem, const AttentionInputs& inputs, std::int64_t first,
-             std::int64_t tokens);
-
-  std::int64_t batch() const { return batch_; }
-  std::int64_t tokens() const { return tokens_; }
-  /// [B, heads, N, width] with q_heads or kv_heads; for width 1 also [B, heads, N]. N is the keys of the call or the
-  /// added ones. Null if absent.
-  const TensorView* optional_rows(std::string_view name, std::int64_t width);
-  const TensorView& rows(std::string_view name, std::int64_t width);
-  /// [q_heads, ...] numbers per head, e.g. [q_heads, head_dim]; with the shape as text. `fallback` where it is absent.
-  std::vector<float> per_head(std::string_view name, std::int64_t width, float fallback) const;
-  std::vector<float> vector(std::string_view name, std::int64_t size) const;
-  bool has(std::string_view name) const { return inputs_.find_side(name) != nullptr; }
-  /// Weights [heads, width, dim] of a convolution; the width is returned.
-  std::vector<float> convolution(std::string_view name, std::int64_t heads, std::int64_t dim,
-                                 std::int64_t& width) const;
-
- private:
-  std::vector<float> numbers(std::string_view name, const std::array<std::int64_t, 4>& shape) const;
-
-  std::string_view method_;
-  const Problem& problem_;
-  const AttentionInputs& inputs_;
-  std::int64_t first_;
-  std::int64_t tokens_;
-  std::int64_t batch_;
-  std::map<std::string, TensorView, std::less<>> views_;
-};
-
 /// Decays and betas of a call; the vectors own what the views look at, where they were computed.
 struct RecurrentGates {
   TensorView decay = {};
@@ -86,26 +53,61 @@ struct RecurrentGates {
   std::vector<float> decay_values = {};
   std::vector<float> beta_values = {};
 };
-using MakeGates = std::function<void(SideReader&, RecurrentGates&)>;
+/// Their gradients, float32; null where they are not wanted.
+struct GateGradients {
+  TensorView decay = {};
+  TensorView beta = {};
+};
+
+/// How a method makes its gates of side inputs, and passes their gradients on to those.
+struct GateRule {
+  std::function<void(SideReader&, RecurrentGates&)> make;
+  std::vector<std::string_view> decay_sides = {};  ///< side inputs that the decays depend on
+  std::function<void(SideReader&, const GateGradients&, const Gradients&)> backward = {};
+};
 
 /// beta = curve(side input `beta`), or that itself.
 void make_betas(SideReader& side, BetaGate gate, RecurrentGates& gates);
-/// Decays curve(a, bias, a_log) of the side inputs `g` [B, heads, N, width], `dt_bias` [q_heads, width] and `A_log`
-/// [q_heads], the last two 0 where absent.
-void make_decays(SideReader& side, std::int64_t q_heads, std::int64_t width, int threads,
-                 const std::function<float(float, float, float)>& curve, RecurrentGates& gates);
+void backward_betas(SideReader& side, BetaGate gate, const TensorView& d_beta, const Gradients& gradients);
+
+/// Log decay of a raw gate: g(a, bias, a_log), and its derivatives by a (and so by the bias) and by a_log.
+struct DecayCurve {
+  std::function<float(float, float, float)> value;
+  struct Slopes {
+    double by_raw;
+    double by_a_log;
+  };
+  std::function<Slopes(double, double, double)> slopes;
+};
+DecayCurve softplus_curve();
+/// Between lower_bound, which is negative, and 0.
+DecayCurve bounded_curve(double lower_bound);
+/// Decays of the side inputs `g` [B, heads, N, width], `dt_bias` [q_heads, width] and `A_log` [q_heads], the last two 0
+/// where absent.
+void make_decays(SideReader& side, std::int64_t q_heads, std::int64_t width, int threads, const DecayCurve& curve,
+                 RecurrentGates& gates);
+void backward_decays(SideReader& side, std::int64_t q_heads, std::int64_t width, int threads, const DecayCurve& curve,
+                     const TensorView& d_decay, const Gradients& gradients);
 
 /// One call of a recurrent method.
 ///
 /// Which tokens it adds: with as many queries as keys all of them, continuing from the state; with more keys either
 /// those that the state has not seen, which must be as many as the queries, or, with a fresh state, all keys, of which
 /// the last have queries. Queries see what precedes them, so that the problem is causal or has one query. lse, if
-/// wanted, is 0.
+/// wanted, is 0. The side input `initial_state` is what a fresh state begins with.
 RunReport attend_recurrent(const RecurrentLayer& layer, const Problem& problem, const AttentionInputs& inputs,
-                           const AttentionOutputs& outputs, const PlanContext& context, const MakeGates& make_gates);
+                           const AttentionOutputs& outputs, const PlanContext& context, const GateRule& rule);
+
+/// Gradients of attend_recurrent() by q, k, v and all side inputs, for a call that began with a fresh state: another
+/// beginning comes as `initial_state`, and its gradient is that of the earlier tokens' last state. What the forward
+/// call did is computed again. Throws Error for a state that has seen other tokens, and for keys in pages.
+RunReport backward_recurrent(const RecurrentLayer& layer, const Problem& problem, const AttentionInputs& inputs,
+                             const SavedForward& saved, const Gradients& gradients, const PlanContext& context,
+                             const GateRule& rule);
 
 /// Side inputs that several methods declare.
 std::vector<SideInputInfo> convolution_side_inputs();
 std::vector<SideInputInfo> output_side_inputs(std::string_view curve);
+SideInputInfo initial_state_side_input();
 
 }  // namespace tessera

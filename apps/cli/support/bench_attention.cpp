@@ -273,7 +273,8 @@ struct Result {
   Spread plan_ms;
   Spread kernel_ms;
   Spread dense_ms;
-  Spread forward_ms;  ///< of the same subject, in the backward phase
+  Spread forward_ms;         ///< of the same subject, in the backward phase
+  double forward_flops = 0;  ///< of a recurrence in that phase
   Peaks peaks;
   std::optional<OutputError> error;  ///< of the subject against dense, in the same dtype; none for a recurrence
   double peak_rss_mb = 0;
@@ -337,6 +338,7 @@ void measure_backward(const Options& options, const Plan& dense, const RunOption
   std::vector<double> forward_ms;
   for (int i = 0; i < options.repeats; ++i) {
     forward_ms.push_back(subject.execute(inputs, outputs).kernel_ms);
+    result.forward_flops = subject.report().flops;
     const Times times = subject.execute_backward(inputs, own.saved, own.gradients);
     plan_ms.push_back(times.plan_ms);
     kernel_ms.push_back(times.kernel_ms);
@@ -474,7 +476,8 @@ nlohmann::ordered_json to_json(const Options& options, const Subject& subject, c
                      {"softmax_mass", result.error->softmax_mass}};
   }
   if (backward) {
-    const double forward_gflops = forward_flops / (result.forward_ms.median / 1e3) / 1e9;
+    const double forward_gflops =
+        (subject.has_plan() ? forward_flops : result.forward_flops) / (result.forward_ms.median / 1e3) / 1e9;
     json["forward_ms"] = to_json(result.forward_ms);
     json["forward_fraction_of_peak"] = forward_gflops / result.peaks.gflops;
   }

@@ -53,7 +53,7 @@ struct Lightning2 {
                     .family = "linear",
                     .summary = "linear attention with a constant decay per head, by blocks (also RetNet, SALA)",
                     .paper = "Lightning Attention-2, arXiv:2401.04658",
-                    .phases = {.prefill = true, .decode = true}};
+                    .phases = {.prefill = true, .decode = true, .backward = true}};
     info.side = {{.name = "lambda",
                   .axes = {q_heads},
                   .minimum = 0.9,
@@ -61,6 +61,7 @@ struct Lightning2 {
                   .required = false,
                   .description = "decay per head in (0, 1]; needed with decay=given"}};
     for (SideInputInfo& side : output_side_inputs("sigmoid")) info.side.push_back(std::move(side));
+    info.side.push_back(initial_state_side_input());
     return info;
   }
 
@@ -110,18 +111,51 @@ struct Lightning2 {
 
   RunReport attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
                    const PlanContext& context, Plan* /*executed*/) const {
+    return attend_recurrent(layer(), problem, inputs, outputs, context, rule(problem, context));
+  }
+
+  RunReport backward(const Problem& problem, const AttentionInputs& inputs, const SavedForward& saved,
+                     const Gradients& gradients, const PlanContext& context, const Plan* /*executed*/) const {
+    return backward_recurrent(layer(), problem, inputs, saved, gradients, context, rule(problem, context));
+  }
+
+  RecurrentLayer layer() const {
     RecurrentLayer layer{.method = "lightning2", .default_scale = 1, .options = {}};
     layer.silu = params.activation == Activation::silu;
     layer.norm = params.norm;
     layer.norm_epsilon = static_cast<float>(params.norm_eps);
     layer.options.chunk = params.block;
     layer.options.schedule = params.schedule;
-    return attend_recurrent(layer, problem, inputs, outputs, context, [&](SideReader& side, RecurrentGates& gates) {
+    return layer;
+  }
+
+  GateRule rule(const Problem& problem, const PlanContext& context) const {
+    GateRule rule;
+    const std::int64_t heads = problem.q_heads;
+    rule.make = [this, heads, &context](SideReader& side, RecurrentGates& gates) {
       if (params.decay == Decay::none) return;
-      gates.decay_values = log_decays(problem.q_heads, context, side);
-      gates.decay = view_of(gates.decay_values.data(), DType::f32, {side.batch(), problem.q_heads, side.tokens(), 1});
+      gates.decay_values = log_decays(heads, context, side);
+      gates.decay = view_of(gates.decay_values.data(), DType::f32, {side.batch(), heads, side.tokens(), 1});
       gates.decay.strides = {0, 1, 0, 1};
-    });
+    };
+    if (params.decay != Decay::given) return rule;
+    rule.decay_sides = {"lambda"};
+    rule.backward = [heads](SideReader& side, const GateGradients& d, const Gradients& gradients) {
+      if (d.decay.data == nullptr) return;
+      const std::vector<float> lambda = side.vector("lambda", heads);
+      std::vector<double> d_lambda(lambda.size(), 0.0);
+      for (std::int64_t h = 0; h < heads; ++h) {
+        const auto i = static_cast<std::size_t>(h);
+        for (std::int64_t b = 0; b < d.decay.batch(); ++b) {
+          for (std::int64_t n = 0; n < d.decay.tokens(); ++n) {
+            d_lambda[i] += load_as_float(d.decay.row(b, h, n), DType::f32, 0);
+          }
+        }
+        d_lambda[i] /= lambda[i];  // the decay is its logarithm
+      }
+      write_side_gradient(gradients, "lambda", d_lambda);
+    };
+    return rule;
   }
 
   Params params;

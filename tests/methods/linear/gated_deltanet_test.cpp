@@ -1,5 +1,7 @@
 // Gated DeltaNet and the steps of its layer.
+#include "methods/linear/layer_gradient.h"
 #include "methods/linear/linear_case.h"
+#include "methods/recurrent_attention.h"
 
 namespace tessera {
 namespace {
@@ -269,6 +271,111 @@ TEST(GatedDeltaNet, SideInputsAreNeededAndChecked) {
     c.add("conv_q", {4, 4, 16}, some(256));
   };
   EXPECT_THAT(message(queries, "gated-deltanet:gate=none"), HasSubstr("conv_q needs the query of every token"));
+}
+
+TEST(GatedDeltaNet, GradientsMatchCentralDifferences) {
+  test::LayerSettings plain{.spec = "gated-deltanet"};
+  plain.decay = "log";
+  plain.beta = "none";
+  plain.normalise = true;
+  plain.scale = 1 / std::sqrt(6.0);
+  test::LayerGradient(plain).check();
+  test::LayerSettings s = plain;
+  s.spec = "gated-deltanet:gate=softplus,beta_gate=sigmoid,norm=head,chunk=16";
+  s.decay = "softplus";
+  s.beta = "sigmoid";
+  s.norm = "head";
+  s.curve = "silu";
+  s.convolution = 3;
+  s.q_heads = 4;
+  s.kv_heads = s.side_heads = 2;
+  s.tokens = s.queries = 35;
+  s.initial_state = true;
+  test::LayerGradient(s, 2).check();
+  s = plain;
+  s.spec = "gated-deltanet:gate=none,beta_gate=twice-sigmoid,norm=full";
+  s.decay = "none";
+  s.beta = "twice-sigmoid";
+  s.norm = "full";
+  s.curve = "silu";
+  s.q_lens = {12, 3};
+  s.kv_lens = {12, 20};
+  test::LayerGradient(s, 3).check();
+  s = plain;
+  s.spec = "gated-deltanet:l2norm=false";
+  s.normalise = false;
+  s.head_dim = 3;
+  s.scale = 1 / std::sqrt(3.0);
+  s.tokens = 9;
+  s.queries = 2;
+  test::LayerGradient(s, 4).check();
+}
+
+TEST(GatedDeltaNet, GradientsOfASideInputThatIsNotReadAreZero) {
+  test::LayerSettings s{.spec = "gated-deltanet:gate=none"};
+  s.decay = "log";
+  s.beta = "none";
+  const auto gradients = test::LayerGradient(s).gradients(KernelKind::automatic);
+  for (const float x : gradients.at("g")) EXPECT_EQ(x, 0);
+}
+
+TEST(GatedDeltaNet, TheInitialStateStandsForEarlierTokens) {
+  // State after the first tokens, given as initial_state to a call on the rest, continues it.
+  LinearCase input({.name = "continue", .q_heads = 2, .kv_heads = 1, .q_len = 60, .kv_len = 60});
+  input.add_gates(2, 0, -1, 0);
+  const auto method = make_method("gated-deltanet");
+  const std::vector<float> whole = input.attend(*method);
+  const std::unique_ptr<MethodState> state = method->new_state();
+  const test::Part first = test::part_of(input, 25, 25, false);
+  std::vector<float> o(2 * 25 * 8);
+  method->attend(first.problem, first.inputs, {mutable_view_of(o.data(), DType::f32, {1, 2, 25, 8}), {}},
+                 {.state = state.get(), .run = {}});
+  const auto& layer = dynamic_cast<const RecurrentMethodState&>(*state).layers.at(0);
+  const std::vector<float> kept(layer.states.layer(0).begin(), layer.states.layer(0).end());
+  test::Part rest = test::part_of(input, 60, 35, true);
+  rest.inputs.side.push_back({"initial_state", view_of(kept.data(), DType::f32, {1, 2, 16, 8})});
+  std::vector<float> later(2 * 35 * 8);
+  const AttentionOutputs outputs{mutable_view_of(later.data(), DType::f32, {1, 2, 35, 8}), {}};
+  method->attend(rest.problem, rest.inputs, outputs, {});
+  for (std::int64_t h = 0; h < 2; ++h) {
+    for (std::int64_t i = 0; i < 35 * 8; ++i) {
+      ASSERT_NEAR(later[h * 35 * 8 + i], whole[(h * 60 + 25) * 8 + i], 1e-4) << i;
+    }
+  }
+  // With a state that has seen tokens, another beginning is a contradiction; so is the gradient of a continued call.
+  EXPECT_THAT(
+      message_of([&] { method->attend(rest.problem, rest.inputs, outputs, {.state = state.get(), .run = {}}); }),
+      HasSubstr("'initial_state' is given to a state that has seen 25 tokens"));
+  rest.inputs.side.pop_back();
+  SavedForward saved;
+  saved.o = saved.d_o = outputs.o;
+  EXPECT_THAT(
+      message_of([&] { method->backward(rest.problem, rest.inputs, saved, {}, {.state = state.get(), .run = {}}); }),
+      HasSubstr("has seen 25 tokens, but the call has 35"));
+}
+
+TEST(GatedDeltaNet, BackwardRefusesWhatDoesNotFit) {
+  test::LayerSettings s{.spec = "gated-deltanet"};
+  s.decay = "log";
+  s.beta = "none";
+  const test::LayerGradient layer(s);
+  const auto method = make_method(s.spec);
+  SavedForward saved;
+  saved.o = saved.d_o = layer.tensors.at("d_o").view();
+  std::vector<float> memory(10000);
+  const auto message = [&](const Gradients& gradients) {
+    return message_of([&] { method->backward(layer.problem, layer.inputs(), saved, gradients, {}); });
+  };
+  Gradients gradients;
+  gradients.side.push_back({"A_log", mutable_view_of(memory.data(), DType::f32, {1, 1, 1, 2})});
+  EXPECT_THAT(message(gradients), HasSubstr("gradient of side input 'A_log' is wanted, which is not given"));
+  gradients.side[0] = {"g", mutable_view_of(memory.data(), DType::f32, {1, 2, 39, 1})};
+  EXPECT_THAT(message(gradients), HasSubstr("gradient of side input 'g' is f32 [1, 2, 39, 1]; expected"));
+  gradients.side.clear();
+  gradients.d_k = mutable_view_of(memory.data(), DType::f32, {1, 2, 40, 6});
+  EXPECT_THAT(message(gradients), HasSubstr("d_k is f32 [1, 2, 40, 6]; expected f32, bf16 or f16 [1, 1, 40, 6]"));
+  saved.d_o.shape[2] = 39;
+  EXPECT_THAT(message({}), HasSubstr("d_o is f32 [1, 2, 39, 5]"));
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Kimi Delta Attention.
+#include "methods/linear/layer_gradient.h"
 #include "methods/linear/linear_case.h"
 
 namespace tessera {
@@ -152,6 +153,69 @@ TEST(Kda, DeclaresItsSideInputs) {
   EXPECT_TRUE(find("g").required);
   EXPECT_FALSE(find("conv_q").required);
   EXPECT_THAT(methods_markdown(), HasSubstr("| `g` | [B, Hq, N, D] | yes |"));
+}
+
+test::LayerSettings gradient_settings() {
+  test::LayerSettings s{.spec = "kda"};
+  s.decay = "log";
+  s.beta = "none";
+  s.channels = s.normalise = true;
+  s.scale = 1 / std::sqrt(6.0);
+  return s;
+}
+
+TEST(Kda, GradientsMatchCentralDifferences) {
+  test::LayerGradient(gradient_settings()).check();
+  test::LayerSettings s = gradient_settings();
+  s.spec = "kda:chunk=16,norm=head";
+  s.norm = "head";
+  s.curve = "sigmoid";
+  s.convolution = 4;
+  s.initial_state = true;
+  test::LayerGradient(s, 2).check();
+  s = gradient_settings();
+  s.spec = "kda:gate=softplus,beta_gate=sigmoid";
+  s.decay = "softplus";
+  s.beta = "sigmoid";
+  s.q_heads = s.side_heads = 4;
+  s.kv_heads = 2;
+  s.tokens = 67;
+  s.queries = 19;
+  s.initial_state = true;
+  test::LayerGradient(s, 3).check();
+  s = gradient_settings();
+  s.spec = "kda:gate=bounded,beta_gate=twice-sigmoid,l2norm=true";
+  s.decay = "bounded";
+  s.beta = "twice-sigmoid";
+  s.q_heads = 4;
+  s.kv_heads = s.side_heads = 2;
+  s.batch = 2;
+  s.tokens = s.queries = 17;
+  test::LayerGradient(s, 4).check();
+}
+
+TEST(Kda, GradientsOfVariableLengths) {
+  test::LayerSettings s = gradient_settings();
+  s.q_lens = {20, 0, 1, 18};
+  s.kv_lens = {33, 5, 1, 18};
+  s.initial_state = true;
+  test::LayerGradient(s, 5).check();
+  s.tokens = 1;
+  s.queries = 1;
+  s.q_lens = s.kv_lens = {};
+  test::LayerGradient(s, 6).check();
+}
+
+TEST(Kda, GradientsDoNotDependOnThreads) {
+  test::LayerSettings s = gradient_settings();
+  s.spec = "kda:gate=softplus,norm=full";
+  s.decay = "softplus";
+  s.norm = "full";
+  s.curve = "sigmoid";
+  s.convolution = 2;
+  s.tokens = s.queries = 200;
+  const test::LayerGradient layer(s);
+  EXPECT_EQ(layer.gradients(KernelKind::automatic, 1), layer.gradients(KernelKind::automatic, 3));
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Lightning Attention-2 and the decays it offers.
+#include "methods/linear/layer_gradient.h"
 #include "methods/linear/linear_case.h"
 
 namespace tessera {
@@ -218,6 +219,39 @@ TEST(Lightning2, LogSumExpIsZero) {
   lse.pop_back();
   EXPECT_THROW(make_method("lightning2")->attend(input.problem(), input.input.inputs, {input.view_o(o), lse}, {}),
                Error);
+}
+
+TEST(Lightning2, GradientsMatchCentralDifferences) {
+  test::LayerSettings plain{.spec = "lightning2:decay=retnet"};
+  plain.decay = "slope";
+  test::LayerGradient retnet(plain);
+  retnet.slopes = {std::log(1 - 1 / 32.0), std::log(1 - 1 / 64.0)};
+  retnet.check();
+  test::LayerSettings s = plain;
+  s.spec = "lightning2:decay=given,activation=silu,norm=full,block=16";
+  s.decay = "lambda";
+  s.silu = true;
+  s.norm = "full";
+  s.curve = "sigmoid";
+  s.q_heads = s.side_heads = 4;
+  s.kv_heads = 2;
+  s.tokens = 45;
+  s.queries = 30;
+  s.initial_state = true;
+  test::LayerGradient(s, 2).check();
+  s = plain;
+  s.spec = "lightning2:decay=none,norm=head,schedule=parallel";
+  s.decay = "none";
+  s.norm = "head";
+  s.batch = 2;
+  s.tokens = s.queries = 33;
+  test::LayerGradient(s, 3).check();
+  s = plain;
+  s.spec = "lightning2:decay=given";
+  s.decay = "lambda";
+  s.q_lens = {7, 1, 30};
+  s.kv_lens = {7, 1, 31};
+  test::LayerGradient(s, 4).check();
 }
 
 }  // namespace
