@@ -3,6 +3,11 @@
 // Per head, Y' = Y * sigmoid(gate), with one logit per query (headwise) or one per value column (elementwise). The
 // logits come from the layer's normed input, not from Y, and are the side input `gate`. Position G1 of the paper: after
 // attention, before the output projection.
+//
+// Backward, with s = sigmoid(gate): d_gate = dY' Y' (1 - s), summed over the columns that share a logit, and the inner
+// method's backward pass for Y = Y' / s under dY = s dY'. Where s is so small that Y' says little about Y, dY is as
+// small; Y counts only in products with it.
+#include <array>
 #include <cmath>
 
 #include "core/error.h"
@@ -26,7 +31,7 @@ struct Gated {
             .paper =
                 "Gated Attention for Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free, "
                 "arXiv:2505.06708",
-            .phases = {.prefill = true, .decode = true},
+            .phases = {.prefill = true, .decode = true, .backward = true},
             .side = {
                 {.name = "gate",
                  .axes = {SideAxis::batch, SideAxis::q_heads, SideAxis::queries, SideAxis::value_dim},
@@ -61,7 +66,76 @@ struct Gated {
     return report;
   }
 
+  /// Throws Error where the inner method has no backward pass.
+  RunReport backward(const Problem& problem, const AttentionInputs& inputs, const SavedForward& saved,
+                     const Gradients& gradients, const PlanContext& context, const Plan* executed) const {
+    require(inner->info().phases.backward, "gated: inner={} has no backward pass", inner->info().name);
+    const TensorView& gate = gate_of(problem, inputs);
+    const MutableTensorView d_gate = gate_gradient(gate, gradients);
+    const std::array<std::int64_t, 4> shape{gate.batch(), problem.q_heads, problem.q_len, problem.value_dim};
+    for (const TensorView* view : {&saved.o, &saved.d_o}) {
+      require(view->data != nullptr && is_attention_dtype(view->dtype) && view->shape == shape && view->strides[3] == 1,
+              "gated: {} is {} [{}]; expected f32, bf16 or f16 [{}]", view == &saved.o ? "o" : "d_o",
+              name_of(view->dtype), fmt::join(view->shape, ", "), fmt::join(shape, ", "));
+    }
+    const std::int64_t rows = shape[0] * shape[1] * shape[2];
+    const std::int64_t dim = shape[3];
+    std::vector<float> ungated(static_cast<std::size_t>(rows * dim));
+    std::vector<std::byte> memory(ungated.size() * size_of(saved.d_o.dtype));
+    const MutableTensorView o = mutable_view_of(ungated.data(), DType::f32, shape);
+    // The dtype of the given gradient: with it the inner kernels multiply bf16 where the caller does.
+    const MutableTensorView d_o = mutable_view_of(memory.data(), saved.d_o.dtype, shape);
+    parallel_for(shape[0] * shape[1], context.run.threads, [&](std::int64_t i, int) {
+      const std::int64_t b = i / shape[1];
+      const std::int64_t h = i % shape[1];
+      for (std::int64_t n = 0; n < shape[2]; ++n) {
+        const std::byte* logits = gate.row(b, h, n);
+        double sum = 0;
+        for (std::int64_t d = 0; d < dim; ++d) {
+          const float logit = load_as_float(logits, gate.dtype, gate.dim() == 1 ? 0 : d);
+          const float s = 1 / (1 + std::exp(-logit));
+          const float gated = load_as_float(saved.o.row(b, h, n), saved.o.dtype, d);
+          const float slope = load_as_float(saved.d_o.row(b, h, n), saved.d_o.dtype, d);
+          store_from_float(o.row(b, h, n), DType::f32, d, s > 0 ? gated / s : 0.0F);
+          store_from_float(d_o.row(b, h, n), d_o.dtype, d, slope * s);
+          // 1 - s keeps its digits where s is close to 1.
+          const double by_logit = static_cast<double>(slope) * gated / (1 + std::exp(static_cast<double>(logit)));
+          sum += by_logit;
+          if (d_gate.data != nullptr && gate.dim() != 1) {
+            store_from_float(d_gate.row(b, h, n), d_gate.dtype, d, static_cast<float>(by_logit));
+          }
+        }
+        if (d_gate.data != nullptr && gate.dim() == 1) {
+          store_from_float(d_gate.row(b, h, n), d_gate.dtype, 0, static_cast<float>(sum));
+        }
+      }
+    });
+    SavedForward within = saved;
+    within.o = o;
+    within.d_o = d_o;
+    return inner->backward(problem, inputs_within(inputs), within, gradients_within(gradients), context, executed);
+  }
+
   std::unique_ptr<MethodState> new_state() const { return inner->new_state(); }
+
+  /// What the inner method reads and writes: everything but the gate.
+  static AttentionInputs inputs_within(AttentionInputs inputs) {
+    std::erase_if(inputs.side, [](const SideTensor& side) { return side.name == "gate"; });
+    return inputs;
+  }
+  static Gradients gradients_within(Gradients gradients) {
+    std::erase_if(gradients.side, [](const SideGradient& side) { return side.name == "gate"; });
+    return gradients;
+  }
+
+  static MutableTensorView gate_gradient(const TensorView& gate, const Gradients& gradients) {
+    const MutableTensorView* wanted = gradients.find_side("gate");
+    if (wanted == nullptr) return {};
+    require(is_attention_dtype(wanted->dtype) && wanted->shape == gate.shape && wanted->strides[3] == 1,
+            "gated: gradient of gate is {} [{}]; expected f32, bf16 or f16 [{}]", name_of(wanted->dtype),
+            fmt::join(wanted->shape, ", "), fmt::join(gate.shape, ", "));
+    return *wanted;
+  }
 
   static std::unique_ptr<const Method> make_inner(const std::string& spec) {
     require(spec != "gated", "gated: inner=gated; expected another method");

@@ -174,7 +174,37 @@ struct Nsa {
                 "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention, "
                 "arXiv:2502.11089",
             .phases = {.prefill = true, .decode = true, .backward = true},
-            .budget = {{"top_k", 2, 1 << 20, true}}};
+            .budget = {{"top_k", 2, 1 << 20, true}}},
+            .side = side_inputs()};
+  }
+
+  static std::vector<SideInputInfo> side_inputs() {
+    using enum SideAxis;
+    std::vector<SideInputInfo> side;
+    const auto add = [&](const std::string& name, std::vector<SideAxis> axes, double range, std::string description) {
+      side.push_back({.name = name,
+                      .axes = std::move(axes),
+                      .minimum = -range,
+                      .maximum = range,
+                      .required = false,
+                      .description = std::move(description)});
+    };
+    add("gate_logits", {batch, q_heads, queries, width}, 4,
+        "logits of the compressed, the selected and the window branch (w = 3); default 0");
+    for (const auto& [of, dim] : {std::pair<std::string, SideAxis>{"k", head_dim}, {"v", value_dim}}) {
+      const bool keys = of == "k";
+      const std::string rows = keys ? "keys" : "values";
+      add(of + "_compress", {batch, kv_heads, tokens, dim}, 1,
+          rows + " that are compressed" + (keys ? ", before RoPE" : "") + "; default " + of);
+      add(of + "_window", {batch, kv_heads, tokens, dim}, 1,
+          rows + " of the window branch; default " + of + "; both or none of the two");
+      add("positions_" + of, {kv_heads, width, dim}, 0.1, "added to the rows of every block (w = length)");
+      add("pool_" + of, {kv_heads, width, one}, 0.1, "weights of the rows of a block; needed with compress=pool");
+      add("linear_" + of, {kv_heads, width, dim}, 0.1, "weights of a block's numbers; needed with compress=linear");
+      add("hidden_" + of, {kv_heads, width, width}, 0.1, "first layer on a block's numbers; needed with compress=mlp");
+      add("output_" + of, {kv_heads, width, dim}, 0.1, "second layer, after ReLU; needed with compress=mlp");
+    }
+    return side;
   }
 
   /// The selected branch: what the data decides. The other two follow from the shapes.

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <map>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -711,6 +712,24 @@ TEST(Nsa, RefusesWhatDoesNotFit) {
   gradients.views.side.push_back({"pool_k", gradients.views.d_k});
   EXPECT_THROW(method->backward(c.problem, c.inputs(), saved, gradients.views, {}), Error);
   EXPECT_THROW(make_method("oracle-topk")->backward(c.problem, c.inputs(), saved, {}, {}), Error);
+}
+
+TEST(Nsa, DeclaresEverySideInputThatItReads) {
+  const MethodInfo& info = find_method("nsa").info;
+  std::set<std::string> declared;
+  for (const SideInputInfo& side : info.side) {
+    EXPECT_FALSE(side.required) << side.name;
+    EXPECT_TRUE(declared.insert(side.name).second) << side.name;
+  }
+  std::set<std::string> read;
+  for (const NsaSettings& settings : all_settings()) {
+    for (const SideTensor& side : NsaCase(settings, 20, 37).inputs().side) read.insert(side.name);
+  }
+  for (const std::string& name : read) EXPECT_TRUE(declared.contains(name)) << name;
+  EXPECT_TRUE(read.contains("gate_logits"));
+  const auto& gates = *std::find_if(info.side.begin(), info.side.end(),
+                                    [](const SideInputInfo& side) { return side.name == "gate_logits"; });
+  EXPECT_EQ(shape_text(gates), "[B, Hq, Nq, w]");
 }
 
 }  // namespace
