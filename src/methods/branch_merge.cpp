@@ -3,23 +3,41 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/convert.h"
+#include "core/parallel.h"
+
 namespace tessera {
 
-void merge_branches(const Branch& a, const Branch& b, const AttentionOutputs& outputs) {
+namespace {
+
+constexpr std::int64_t kRowsPerItem = 32;
+
+}  // namespace
+
+void merge_branches(const Branch& a, const Branch& b, const AttentionOutputs& outputs, int threads) {
   const std::int64_t rows = outputs.o.shape[2];
   const std::int64_t dim = outputs.o.shape[3];
-  for (std::size_t row = 0; row < a.lse.size(); ++row) {
-    std::byte* o = outputs.o.row(0, static_cast<std::int64_t>(row) / rows, static_cast<std::int64_t>(row) % rows);
-    const float most = std::max(a.lse[row], b.lse[row]);
-    const float a_mass = std::exp(a.lse[row] - most);
-    const float b_mass = std::exp(b.lse[row] - most);
+  const auto merge_row = [&](std::int64_t row, float* joined) {
+    const float a_lse = a.lse[static_cast<std::size_t>(row)];
+    const float b_lse = b.lse[static_cast<std::size_t>(row)];
+    const float most = std::max(a_lse, b_lse);
+    const float a_mass = std::exp(a_lse - most);
+    const float b_mass = std::exp(b_lse - most);
     const float total = a_mass + b_mass;
-    for (std::int64_t d = 0; d < dim; ++d) {
-      const std::size_t i = row * static_cast<std::size_t>(dim) + static_cast<std::size_t>(d);
-      store_from_float(o, outputs.o.dtype, d, (a_mass * a.o[i] + b_mass * b.o[i]) / total);
-    }
-    if (!outputs.lse.empty()) outputs.lse[row] = most + std::log(total);
-  }
+    const float a_share = a_mass / total;
+    const float b_share = b_mass / total;
+    const float* a_row = a.o.data() + row * dim;
+    const float* b_row = b.o.data() + row * dim;
+    for (std::int64_t d = 0; d < dim; ++d) joined[d] = a_share * a_row[d] + b_share * b_row[d];
+    from_float(joined, dim, outputs.o.dtype, outputs.o.row(0, row / rows, row % rows));
+    if (!outputs.lse.empty()) outputs.lse[static_cast<std::size_t>(row)] = most + std::log(total);
+  };
+  const std::int64_t count = std::ssize(a.lse);
+  parallel_for((count + kRowsPerItem - 1) / kRowsPerItem, threads, [&](std::int64_t item, int) {
+    std::vector<float> joined(static_cast<std::size_t>(dim));
+    const std::int64_t end = std::min(count, (item + 1) * kRowsPerItem);
+    for (std::int64_t row = item * kRowsPerItem; row < end; ++row) merge_row(row, joined.data());
+  });
 }
 
 }  // namespace tessera

@@ -19,6 +19,6 @@ struct Branch {
 
 /// Writes the attention over the keys of both branches to outputs [1, heads, rows, value_dim]. At least one branch of
 /// each row must have a key.
-void merge_branches(const Branch& a, const Branch& b, const AttentionOutputs& outputs);
+void merge_branches(const Branch& a, const Branch& b, const AttentionOutputs& outputs, int threads);
 
 }  // namespace tessera

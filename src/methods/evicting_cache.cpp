@@ -6,24 +6,11 @@
 #include <cmath>
 #include <numeric>
 
-#include "kernels/key_rows.h"
-
 namespace tessera {
 
 namespace {
 
 constexpr std::int64_t kTileQ = 128;
-
-/// Rows of a [1, heads, rows, dim] tensor with the kv heads as batch: [kv_heads, group, rows, dim].
-template <class View>
-View heads_as_batch(const View& view, std::int64_t kv_heads) {
-  View batch = view;
-  const std::int64_t group = view.shape[1] / kv_heads;
-  batch.shape[0] = kv_heads;
-  batch.shape[1] = group;
-  batch.strides[0] = group * view.strides[1];
-  return batch;
-}
 
 /// A plan row of queries whose own slots are [first, first + count).
 void add_row(const HeadWindow& window, std::int64_t first, std::int64_t count, std::int64_t causal, std::int64_t near,
@@ -95,65 +82,25 @@ RunReport attend_kept(const HeadPages& pages, const TensorView& q, std::span<con
   return report;
 }
 
-TensorView queries_of_kv_head(const TensorView& q, std::int64_t group, std::int64_t kv_head) {
-  TensorView own = q;
-  own.data = q.row(0, kv_head * group, 0);
-  own.shape[1] = group;
-  return own;
-}
-
-EvictingCache::EvictingCache(const LayerCacheShape& shape, bool prompt_whole)
-    : shape_(shape), prompt_(shape), pages_(shape), prompt_whole_(prompt_whole), whole_(prompt_whole) {}
-
-void EvictingCache::append(std::int64_t count, const float* keys, const float* values, int threads) {
-  if (whole_) {
-    prompt_.append(count, keys, values, threads);
+void EvictingCache::observe(const CacheCall& call, std::span<const float> lse, const PlanContext& context) {
+  if (call.prompt) {
+    observe_prompt(call, lse, context);
   } else {
-    for (std::int64_t token = 0; token < count; ++token) {
-      for (std::int64_t head = 0; head < shape_.kv_heads; ++head) {
-        const std::int64_t row = token * shape_.kv_heads + head;
-        pages_.append(head, tokens_ + token, keys + row * shape_.head_dim, values + row * shape_.value_dim);
-      }
-    }
-  }
-  tokens_ += count;
-}
-
-RunReport EvictingCache::attend(const CacheCall& call, const PlanContext& context) {
-  std::vector<float> lse(static_cast<std::size_t>(shape_.q_heads * call.q.tokens()));
-  CacheCall with_lse = call;
-  with_lse.outputs.lse = lse;
-  const RunReport report = attend_with_lse(with_lse, context);
-  std::copy(lse.begin(), lse.begin() + std::ssize(call.outputs.lse), call.outputs.lse.begin());
-  if (!call.prompt) {
     observe_decode(call, lse, context);
-    return report;
   }
-  const bool dense = !whole_ || shape_.own_prompt || call.method->info().name == "dense";
-  observe_prompt(call, dense ? std::span<const float>(lse) : std::span<const float>(), context);
-  return report;
 }
 
-RunReport EvictingCache::attend_with_lse(const CacheCall& call, const PlanContext& context) {
-  if (!whole_) {
-    const std::span<const HeadWindow> limits = windows();
-    if (call.q.tokens() > 1 && !limits.empty()) sort_slots();
-    return attend_kept(pages_, call.q, limits, stand_in(), call.outputs, context, call.executed);
-  }
-  if (call.prompt) return prompt_.attend(call, context);
-  Plan plan = dense_plan(cache_problem(shape_, call.q.tokens(), tokens_));
-  AttentionInputs inputs = prompt_.inputs();
-  inputs.q = call.q;
-  const RunReport report = run(plan, inputs, call.outputs, context.run);
-  if (call.executed != nullptr) *call.executed = std::move(plan);
-  return report;
+RunReport EvictingCache::attend_kept_rows(const CacheCall& call, const PlanContext& context) {
+  const std::span<const HeadWindow> limits = windows();
+  if (call.q.tokens() > 1 && !limits.empty()) sort_slots();
+  return attend_kept(pages(), call.q, limits, stand_in(), call.outputs, context, call.executed);
 }
 
 std::vector<std::int32_t> EvictingCache::slots_by_position(std::int64_t kv_head) const {
   std::vector<std::int32_t> slots(static_cast<std::size_t>(size_of_head(kv_head)));
   std::iota(slots.begin(), slots.end(), 0);
-  if (whole_) return slots;
-  const auto positions = pages_.positions(kv_head);
+  if (whole()) return slots;
+  const auto positions = pages().positions(kv_head);
   std::sort(slots.begin(), slots.end(), [&](std::int32_t a, std::int32_t b) {
     return positions[static_cast<std::size_t>(a)] < positions[static_cast<std::size_t>(b)];
   });
@@ -161,98 +108,41 @@ std::vector<std::int32_t> EvictingCache::slots_by_position(std::int64_t kv_head)
 }
 
 void EvictingCache::sort_slots() {
-  for (std::int64_t head = 0; head < shape_.kv_heads; ++head) {
-    const auto positions = pages_.positions(head);
-    if (!std::is_sorted(positions.begin(), positions.end())) pages_.keep(head, slots_by_position(head));
+  for (std::int64_t head = 0; head < shape().kv_heads; ++head) {
+    const auto positions = pages().positions(head);
+    if (!std::is_sorted(positions.begin(), positions.end())) pages().keep(head, slots_by_position(head));
   }
 }
 
 void EvictingCache::keep(const KeptSlots& kept) {
-  assert(!whole_);
+  assert(!whole());
   bool fewer = false;
-  for (std::int64_t head = 0; head < shape_.kv_heads; ++head) {
+  for (std::int64_t head = 0; head < shape().kv_heads; ++head) {
     const std::vector<std::int32_t>& slots = kept[static_cast<std::size_t>(head)];
-    if (std::ssize(slots) == pages_.size(head)) continue;
-    pages_.keep(head, slots);
+    if (std::ssize(slots) == pages().size(head)) continue;
+    pages().keep(head, slots);
     fewer = true;
   }
   if (!fewer) return;
-  pages_.release_unused();
-  settled_ = tokens_;
+  pages().release_unused();
+  forbid_truncation();
 }
 
 void EvictingCache::finish_prefill(const PlanContext& context) {
   if (!evicts()) return;
   const KeptSlots kept = choose(context);
-  for (std::int64_t head = 0; head < shape_.kv_heads; ++head) {
-    const std::vector<std::int32_t>& slots = kept[static_cast<std::size_t>(head)];
-    if (!whole_) {
-      pages_.keep(head, slots);
-      continue;
-    }
-    const AttentionInputs inputs = prompt_.inputs_of_head(head);
-    const Problem problem = problem_of_head(head, 0);
-    const auto keys = kernels::key_rows_of(problem, inputs.k, inputs.pages, 0, 0);
-    const auto values = kernels::key_rows_of(problem, inputs.v, inputs.pages, 0, 0);
-    for (const std::int32_t slot : slots) pages_.append_stored(head, slot, keys.row(slot), values.row(slot));
-  }
-  prompt_.reset();
-  pages_.release_unused();
-  whole_ = false;
-  settled_ = tokens_;
+  keep_only(kept);
   evicted(kept);
 }
 
-bool EvictingCache::truncate(std::int64_t tokens) {
-  if (tokens >= tokens_) return true;
-  if (tokens < settled_) return false;
-  if (whole_) {
-    prompt_.truncate(tokens);
-  } else {
-    std::vector<std::int32_t> slots;
-    for (std::int64_t head = 0; head < shape_.kv_heads; ++head) {
-      // Rows since the last eviction lie behind the others.
-      slots.resize(static_cast<std::size_t>(pages_.size(head) - (tokens_ - tokens)));
-      std::iota(slots.begin(), slots.end(), 0);
-      pages_.keep(head, slots);
-    }
-  }
-  tokens_ = tokens;
-  truncated(tokens);
-  return true;
-}
-
-void EvictingCache::reset() {
-  prompt_.reset();
-  pages_.reset();
-  whole_ = prompt_whole_;
-  tokens_ = settled_ = 0;
-  truncated(0);
-}
-
-std::int64_t EvictingCache::size_of_head(std::int64_t kv_head) const {
-  return whole_ ? tokens_ : pages_.size(kv_head);
-}
-
 std::int64_t EvictingCache::position_of(std::int64_t kv_head, std::int64_t slot) const {
-  return whole_ ? slot : pages_.positions(kv_head)[static_cast<std::size_t>(slot)];
-}
-
-Problem EvictingCache::problem_of_head(std::int64_t kv_head, std::int64_t rows) const {
-  LayerCacheShape head = shape_;
-  head.q_heads = shape_.group();
-  head.kv_heads = 1;
-  return cache_problem(head, rows, size_of_head(kv_head));
-}
-
-AttentionInputs EvictingCache::inputs_of_head(std::int64_t kv_head) const {
-  return whole_ ? prompt_.inputs_of_head(kv_head) : pages_.inputs_of_head(kv_head);
+  return whole() ? slot : pages().positions(kv_head)[static_cast<std::size_t>(slot)];
 }
 
 void EvictingCache::evict_slot(std::int64_t kv_head, std::int64_t slot) {
-  assert(!whole_);
-  pages_.replace_by_last(kv_head, slot);
-  settled_ = tokens_;
+  assert(!whole());
+  pages().replace_by_last(kv_head, slot);
+  forbid_truncation();
 }
 
 }  // namespace tessera

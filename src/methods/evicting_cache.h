@@ -1,12 +1,11 @@
-// What caches that evict share: the whole prompt in pages while it comes in, then a list of kept rows per kv head.
+// What caches that evict share: a list of kept rows per kv head, once the prompt is in.
 #pragma once
 
 #include <cstdint>
 #include <span>
 #include <vector>
 
-#include "cache/head_pages.h"
-#include "methods/paged_layer_cache.h"
+#include "methods/prompt_first_cache.h"
 
 namespace tessera {
 
@@ -26,28 +25,19 @@ RunReport attend_kept(const HeadPages& pages, const TensorView& q, std::span<con
                       const KeySource* stand_in, const AttentionOutputs& outputs, const PlanContext& context,
                       Plan* executed);
 
-/// The queries or outputs [1, q_heads, rows, dim] of kv head `kv_head` alone: [1, group, rows, dim].
-TensorView queries_of_kv_head(const TensorView& q, std::int64_t group, std::int64_t kv_head);
-
 /// Prompt rows attend by the prefill method while every token is there; once rows were evicted, new rows of any kind
 /// attend to all that is kept. plan() of the method that owns such a cache is dense.
-class EvictingCache : public LayerCache {
+class EvictingCache : public PromptFirstCache {
  public:
-  void append(std::int64_t count, const float* keys, const float* values, int threads) final;
-  RunReport attend(const CacheCall& call, const PlanContext& context) final;
   void finish_prefill(const PlanContext& context) final;
-  bool truncate(std::int64_t tokens) final;
-  void reset() final;
-  std::int64_t tokens() const final { return tokens_; }
-  std::int64_t rows_kept() const final { return whole_ ? prompt_.rows_kept() : pages_.rows(); }
-  std::size_t memory_bytes() const final { return prompt_.memory_bytes() + pages_.memory_bytes() + bytes_of_notes(); }
+  std::int64_t rows_kept() const final { return whole() ? tokens() * shape().kv_heads : pages().rows(); }
+  std::size_t memory_bytes() const final { return row_bytes() + bytes_of_notes(); }
 
  protected:
-  using KeptSlots = std::vector<std::vector<std::int32_t>>;  ///< [kv_heads]: slots, ascending in position
-
   /// `prompt_whole`: the prompt is kept until finish_prefill(), which any prefill method needs. If not, rows are kept
   /// per head from the first, prompt rows see what windows() says, and observe_prompt() may evict.
-  explicit EvictingCache(const LayerCacheShape& shape, bool prompt_whole = true);
+  explicit EvictingCache(const LayerCacheShape& shape, bool prompt_whole = true)
+      : PromptFirstCache(shape, prompt_whole) {}
 
   /// Of each kv head while rows are kept per head; empty: no limits. A single query always sees every row.
   virtual std::span<const HeadWindow> windows() const { return {}; }
@@ -64,20 +54,10 @@ class EvictingCache : public LayerCache {
   virtual void evicted(const KeptSlots&) {}
   /// After the attention of decoded rows, with their LSE [q_heads][rows].
   virtual void observe_decode(const CacheCall&, std::span<const float>, const PlanContext&) {}
-  /// Tokens beyond the first `tokens` never were.
-  virtual void truncated(std::int64_t) {}
   virtual std::size_t bytes_of_notes() const { return 0; }
 
-  const LayerCacheShape& shape() const { return shape_; }
-  /// Every token is there, in pages of all heads.
-  bool whole() const { return whole_; }
-  /// Rows of a kv head, whether or not every token is still there.
-  std::int64_t size_of_head(std::int64_t kv_head) const;
   /// Position of the row in a slot.
   std::int64_t position_of(std::int64_t kv_head, std::int64_t slot) const;
-  /// The last `rows` queries of the group of a kv head over its rows, causal in slots; inputs without queries.
-  Problem problem_of_head(std::int64_t kv_head, std::int64_t rows) const;
-  AttentionInputs inputs_of_head(std::int64_t kv_head) const;
   /// Evicts one row while decoding: the newest one takes its slot.
   void evict_slot(std::int64_t kv_head, std::int64_t slot);
   /// Keeps these rows while the prompt comes in; not whole().
@@ -86,16 +66,9 @@ class EvictingCache : public LayerCache {
   std::vector<std::int32_t> slots_by_position(std::int64_t kv_head) const;
 
  private:
-  RunReport attend_with_lse(const CacheCall& call, const PlanContext& context);
+  RunReport attend_kept_rows(const CacheCall& call, const PlanContext& context) final;
+  void observe(const CacheCall& call, std::span<const float> lse, const PlanContext& context) final;
   void sort_slots();
-
-  LayerCacheShape shape_;
-  PagedLayerCache prompt_;  ///< every token, while whole_
-  HeadPages pages_;
-  bool prompt_whole_;
-  bool whole_;
-  std::int64_t tokens_ = 0;
-  std::int64_t settled_ = 0;  ///< tokens at the last eviction: they cannot be taken back
 };
 
 }  // namespace tessera

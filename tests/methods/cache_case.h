@@ -125,7 +125,63 @@ class CacheCase {
     }
   }
 
+  /// A row of K or V as a cache is expected to hold it: token `j` of a kv head.
+  using StoredRow = std::function<std::vector<double>(std::int64_t head, std::int64_t j)>;
+  StoredRow exact_key() {
+    return [this](std::int64_t head, std::int64_t j) {
+      return std::vector<double>(k(j, head), k(j, head) + shape_.head_dim);
+    };
+  }
+  StoredRow exact_value() {
+    return [this](std::int64_t head, std::int64_t j) {
+      return std::vector<double>(v(j, head), v(j, head) + shape_.value_dim);
+    };
+  }
+
+  /// Compares outputs of run() with attention over all earlier tokens, whose rows are key(head, j) and value(head, j).
+  void expect_attention_to(const std::vector<float>& o, std::int64_t first, const StoredRow& key,
+                           const StoredRow& value, double tolerance) {
+    const std::int64_t row = shape_.q_heads * shape_.value_dim;
+    const std::int64_t last = first + static_cast<std::int64_t>(o.size()) / row;
+    for (std::int64_t head = 0; head < shape_.kv_heads; ++head) {
+      std::vector<std::vector<double>> keys;
+      std::vector<std::vector<double>> values;
+      for (std::int64_t j = 0; j < last; ++j) {
+        keys.push_back(key(head, j));
+        values.push_back(value(head, j));
+      }
+      const std::int64_t group = shape_.q_heads / shape_.kv_heads;
+      for (std::int64_t q_head = head * group; q_head < (head + 1) * group; ++q_head) {
+        for (std::int64_t token = first; token < last; ++token) {
+          const auto expected = attention_of(token, q_head, keys, values);
+          for (std::int64_t d = 0; d < shape_.value_dim; ++d) {
+            ASSERT_NEAR(o[static_cast<std::size_t>((token - first) * row + q_head * shape_.value_dim + d)],
+                        expected[static_cast<std::size_t>(d)], tolerance)
+                << "token " << token << ", query head " << q_head;
+          }
+        }
+      }
+    }
+  }
+
  private:
+  /// Attention of one query to the keys of tokens up to its own, in float64.
+  std::vector<double> attention_of(std::int64_t token, std::int64_t q_head,
+                                   const std::vector<std::vector<double>>& keys,
+                                   const std::vector<std::vector<double>>& values) {
+    std::vector<double> out(static_cast<std::size_t>(shape_.value_dim), 0.0);
+    double sum = 0;
+    for (std::size_t j = 0; j <= static_cast<std::size_t>(token); ++j) {
+      double score = 0;
+      for (std::size_t d = 0; d < keys[j].size(); ++d) score += static_cast<double>(q(token, q_head)[d]) * keys[j][d];
+      const double p = std::exp(score / std::sqrt(static_cast<double>(shape_.head_dim)));
+      sum += p;
+      for (std::size_t d = 0; d < out.size(); ++d) out[d] += p * values[j][d];
+    }
+    for (double& x : out) x /= sum;
+    return out;
+  }
+
   float round(float x) const {
     if (shape_.dtype == DType::bf16) return bf16_to_float(float_to_bf16(x));
     if (shape_.dtype == DType::f16) return f16_to_float(float_to_f16(x));

@@ -15,10 +15,10 @@
 #include <algorithm>
 #include <limits>
 
-#include "core/convert.h"
 #include "core/error.h"
 #include "core/parallel.h"
 #include "methods/evicting_cache.h"
+#include "methods/prompt_window.h"
 #include "methods/registry.h"
 #include "score/row_probe.h"
 #include "score/top_k.h"
@@ -65,26 +65,12 @@ void pool(std::span<const float> in, std::int64_t kernel, Pooling kind, std::vec
 
 class SnapKVCache final : public EvictingCache {
  public:
-  SnapKVCache(const SnapKVParams& params, const LayerCacheShape& shape) : EvictingCache(shape), params_(params) {}
+  SnapKVCache(const SnapKVParams& params, const LayerCacheShape& shape)
+      : EvictingCache(shape), params_(params), window_(params.window, shape) {}
 
  private:
-  std::int64_t width() const { return shape().q_heads * shape().head_dim; }
-
-  /// Keeps the last queries of this pass and of those before it, in case this one is taken back.
   void observe_prompt(const CacheCall& call, std::span<const float>, const PlanContext&) override {
-    const std::int64_t rows = call.q.tokens();
-    const std::int64_t old = std::min(params_.window, std::ssize(positions_));
-    positions_.erase(positions_.begin(), positions_.end() - old);
-    window_.erase(window_.begin(), window_.end() - old * width());
-    const std::int64_t taken = std::min(params_.window, rows);
-    window_.resize(static_cast<std::size_t>((old + taken) * width()));
-    for (std::int64_t row = 0; row < taken; ++row) {
-      positions_.push_back(tokens() - taken + row);
-      for (std::int64_t head = 0; head < shape().q_heads; ++head) {
-        to_float(call.q.row(0, head, rows - taken + row), call.q.dtype, shape().head_dim,
-                 window_.data() + (old + row) * width() + head * shape().head_dim);
-      }
-    }
+    window_.observe(call.q, tokens());
   }
 
   bool evicts() const override {
@@ -93,23 +79,11 @@ class SnapKVCache final : public EvictingCache {
     return longest >= params_.capacity;
   }
 
-  /// Queries that vote: those of the last tokens, as far back as they were seen without a gap.
-  std::int64_t voting_rows() const {
-    const std::int64_t seen = std::ssize(positions_);
-    std::int64_t rows = 0;
-    while (rows < std::min(seen, params_.window) &&
-           positions_[static_cast<std::size_t>(seen - 1 - rows)] == tokens() - 1 - rows) {
-      ++rows;
-    }
-    return rows;
-  }
-
   KeptSlots choose(const PlanContext& context) override {
     const LayerCacheShape& layer = shape();
     const std::int64_t group = layer.group();
-    const std::int64_t rows = voting_rows();
-    const float* first = window_.data() + (std::ssize(positions_) - rows) * width();
-    const TensorView queries = view_of(first, DType::f32, {1, layer.q_heads, rows, layer.head_dim}, Layout::bnhd);
+    const std::int64_t rows = window_.rows(tokens());  // those seen without a gap vote
+    const TensorView queries = window_.last(rows);
     std::vector<std::vector<float>> votes(static_cast<std::size_t>(layer.q_heads));
     parallel_for(layer.q_heads, context.run.threads, [&](std::int64_t q_head, int) {
       const std::int64_t head = q_head / group;
@@ -158,22 +132,12 @@ class SnapKVCache final : public EvictingCache {
     return slots;
   }
 
-  void evicted(const KeptSlots&) override {
-    std::vector<float>().swap(window_);
-    positions_.clear();
-  }
-
-  void truncated(std::int64_t tokens) override {
-    while (!positions_.empty() && positions_.back() >= tokens) positions_.pop_back();
-    window_.resize(positions_.size() * static_cast<std::size_t>(width()));
-    if (window_.empty()) std::vector<float>().swap(window_);
-  }
-
-  std::size_t bytes_of_notes() const override { return window_.capacity() * sizeof(float); }
+  void evicted(const KeptSlots&) override { window_.clear(); }
+  void truncated(std::int64_t tokens) override { window_.truncate(tokens); }
+  std::size_t bytes_of_notes() const override { return window_.memory_bytes(); }
 
   SnapKVParams params_;
-  std::vector<float> window_;            ///< queries [rows][q_heads][head_dim]
-  std::vector<std::int64_t> positions_;  ///< of these queries, ascending
+  PromptWindow window_;
 };
 
 struct SnapKV {

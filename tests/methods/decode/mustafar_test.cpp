@@ -39,31 +39,13 @@ std::vector<double> pruned(const float* row, std::int64_t dim, double sparsity) 
 void expect_output(CacheCase& input, const std::vector<float>& o, std::int64_t first, std::int64_t compressed,
                    const Rule& rule) {
   const CacheCaseShape& shape = input.shape();
-  const std::int64_t group = shape.q_heads / shape.kv_heads;
-  const std::int64_t row = shape.q_heads * shape.value_dim;
-  for (std::int64_t token = first; token < first + std::ssize(o) / row; ++token) {
-    for (std::int64_t q_head = 0; q_head < shape.q_heads; ++q_head) {
-      const std::int64_t head = q_head / group;
-      std::vector<double> expected(static_cast<std::size_t>(shape.value_dim), 0.0);
-      double sum = 0;
-      for (std::int64_t j = 0; j <= token; ++j) {
-        const bool sparse = j < compressed;
-        const auto k = pruned(input.k(j, head), shape.head_dim, sparse ? rule.keys : 0);
-        const auto v = pruned(input.v(j, head), shape.value_dim, sparse ? rule.values : 0);
-        double score = 0;
-        for (std::int64_t d = 0; d < shape.head_dim; ++d) {
-          score += static_cast<double>(input.q(token, q_head)[d]) * k[static_cast<std::size_t>(d)];
-        }
-        const double p = std::exp(score / std::sqrt(static_cast<double>(shape.head_dim)));
-        sum += p;
-        for (std::size_t d = 0; d < v.size(); ++d) expected[d] += p * v[d];
-      }
-      for (std::int64_t d = 0; d < shape.value_dim; ++d) {
-        const auto i = static_cast<std::size_t>((token - first) * row + q_head * shape.value_dim + d);
-        ASSERT_NEAR(o[i], expected[static_cast<std::size_t>(d)] / sum, 4e-5) << "token " << token << " head " << q_head;
-      }
-    }
-  }
+  const auto key = [&](std::int64_t head, std::int64_t j) {
+    return pruned(input.k(j, head), shape.head_dim, j < compressed ? rule.keys : 0);
+  };
+  const auto value = [&](std::int64_t head, std::int64_t j) {
+    return pruned(input.v(j, head), shape.value_dim, j < compressed ? rule.values : 0);
+  };
+  input.expect_attention_to(o, first, key, value, 4e-5);
 }
 
 TEST(Mustafar, DecodesOverPrunedTokensAndAWholeWindow) {

@@ -50,36 +50,16 @@ std::vector<std::int64_t> kept_by_definition(CacheCase& input, const Rule& rule,
 /// Attention of tokens from `first` on whose keys below `pruned` have only the kept channels.
 void expect_output(CacheCase& input, const std::vector<float>& o, std::int64_t first, std::int64_t pruned,
                    const std::vector<std::vector<std::int64_t>>& kept) {
-  const CacheCaseShape& shape = input.shape();
-  const std::int64_t group = shape.q_heads / shape.kv_heads;
-  const std::int64_t row = shape.q_heads * shape.value_dim;
-  for (std::int64_t token = first; token < first + std::ssize(o) / row; ++token) {
-    for (std::int64_t q_head = 0; q_head < shape.q_heads; ++q_head) {
-      const std::int64_t head = q_head / group;
-      std::vector<double> expected(static_cast<std::size_t>(shape.value_dim), 0.0);
-      double sum = 0;
-      for (std::int64_t j = 0; j <= token; ++j) {
-        double score = 0;
-        const auto add = [&](std::int64_t d) {
-          score += static_cast<double>(input.q(token, q_head)[d]) * input.k(j, head)[d];
-        };
-        if (j < pruned) {
-          for (const std::int64_t d : kept[static_cast<std::size_t>(head)]) add(d);
-        } else {
-          for (std::int64_t d = 0; d < shape.head_dim; ++d) add(d);
-        }
-        const double p = std::exp(score / std::sqrt(static_cast<double>(shape.head_dim)));
-        sum += p;
-        for (std::int64_t d = 0; d < shape.value_dim; ++d) {
-          expected[static_cast<std::size_t>(d)] += p * input.v(j, head)[d];
-        }
-      }
-      for (std::int64_t d = 0; d < shape.value_dim; ++d) {
-        const auto i = static_cast<std::size_t>((token - first) * row + q_head * shape.value_dim + d);
-        ASSERT_NEAR(o[i], expected[static_cast<std::size_t>(d)] / sum, 3e-5) << "token " << token << " head " << q_head;
-      }
+  const auto key = [&](std::int64_t head, std::int64_t j) {
+    const std::vector<double> whole = input.exact_key()(head, j);
+    if (j >= pruned) return whole;
+    std::vector<double> narrow(whole.size(), 0.0);
+    for (const std::int64_t d : kept[static_cast<std::size_t>(head)]) {
+      narrow[static_cast<std::size_t>(d)] = whole[static_cast<std::size_t>(d)];
     }
-  }
+    return narrow;
+  };
+  input.expect_attention_to(o, first, key, input.exact_value(), 3e-5);
 }
 
 TEST(ThinK, DecodesOverTheChannelsThatTheWindowLeaves) {
