@@ -17,6 +17,7 @@
 #include "io/json.h"
 #include "io/safetensors.h"
 #include "support/measure.h"
+#include "support/qkv_file.h"
 #include "support/run_options.h"
 #include "tessera/model.h"
 
@@ -37,6 +38,8 @@ struct Options {
   bool ignore_eos = false;
   bool bits_per_byte = false;
   std::string logits_out;
+  std::string dump_qkv;
+  std::string dump_layers;
   RunFlags run;
   bool json = false;
 };
@@ -163,11 +166,17 @@ void print_summary(const Generation& generation, const Session& session) {
 void run_run(const Options& options) {
   require(options.tokens >= 0, "-n is {}; expected 0 or more", options.tokens);
   require(options.max_length >= 0, "--max-length is {}; expected 0 (the model's limit) or more", options.max_length);
-  const SessionOptions wanted = session_options(options);
+  require(options.dump_layers.empty() || !options.dump_qkv.empty(), "--dump-layers needs --dump-qkv");
+  SessionOptions wanted = session_options(options);
   watch_interrupt();
   const Model model = Model::load(options.model, options.run.threads);
   const std::vector<std::int32_t> prompt = model.encode(read_prompt(options.prompt));
   require(!prompt.empty(), "--prompt {}: the prompt is empty and the model has no token to start with", options.prompt);
+  std::optional<QkvFile> qkv;
+  if (!options.dump_qkv.empty()) {
+    qkv.emplace(model.config(), static_cast<std::int64_t>(prompt.size()), options.dump_layers);
+    wanted.on_projections = [&qkv](const ProjectedRows& rows) { qkv->add(rows); };
+  }
   Session session(model, wanted);
   require(static_cast<std::int64_t>(prompt.size()) <= session.capacity(),
           "--prompt {}: {} tokens exceed the {} {}; shorten it, or raise the limit with --max-length", options.prompt,
@@ -201,6 +210,7 @@ void run_run(const Options& options) {
   const Generation generation = generate(session, prompt, generate_options);
   progress.finish();
   if (logits) logits->write(options.logits_out);
+  if (qkv) qkv->write(options.dump_qkv);
   if (options.json) {
     print_json(report_of(generation, session));
   } else {
@@ -238,6 +248,10 @@ void add_run(CLI::App& app) {
   command->add_flag("--bits-per-byte", options->bits_per_byte,
                     "Measure the bits per byte of the prompt (always with --json)");
   command->add_option("--logits-out", options->logits_out, "Write the prompt's logits: f32 [tokens, vocabulary]");
+  command->add_option(
+      "--dump-qkv", options->dump_qkv,
+      "Write the prompt's queries, keys and values, layers along the batch axis, as attend --qkv reads");
+  command->add_option("--dump-layers", options->dump_layers, "Layers of --dump-qkv, as 0-2+14 (default: all)");
   add_run_options(*command, options->run);
   add_json_option(*command, options->json);
   command->callback([options] { run_run(*options); });

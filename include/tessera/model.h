@@ -64,6 +64,16 @@ class Model {
   std::unique_ptr<const Parts> parts_;
 };
 
+/// What the attention of one layer reads for consecutive tokens of the prompt, with their positions rotated in.
+struct ProjectedRows {
+  std::int64_t layer = 0;
+  std::int64_t position = 0;  ///< of the first row
+  std::int64_t rows = 0;
+  std::span<const float> q;  ///< [rows][q_heads * head_dim]
+  std::span<const float> k;  ///< [rows][kv_heads * head_dim]
+  std::span<const float> v;  ///< [rows][kv_heads * head_dim]
+};
+
 /// How a session runs.
 struct SessionOptions {
   std::shared_ptr<const Method> prefill = {};  ///< null: dense
@@ -77,6 +87,9 @@ struct SessionOptions {
   RunOptions run = {};
   /// Receives each plan that prefill ran, in order of chunks and layers.
   std::function<void(std::int64_t layer, const Plan& plan)> on_plan = {};
+  /// Receives the rows of the prompt, layer by layer in each chunk, up to 1024 rows at a time, before the layer
+  /// attends; as projected, not as the cache rounds or drops them.
+  std::function<void(const ProjectedRows& rows)> on_projections = {};
   /// Asked between layers; true ends the call with Cancelled.
   std::function<bool()> cancelled = {};
 };

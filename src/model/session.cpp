@@ -108,6 +108,13 @@ class Session::Implementation {
         note_peak();  // before the layer's cache may compress
         count(layer, plan, rows);
       };
+      if (options_.on_projections) {
+        call.on_projections = [&](const ProjectedRows& projected) {
+          const auto observed = std::chrono::steady_clock::now();
+          options_.on_projections(projected);
+          observation_ms_ += milliseconds_since(observed);
+        };
+      }
       call.after_layer = [&](std::int64_t done) {
         check_cancelled();
         if (!observer.on_progress) return;

@@ -5,7 +5,7 @@ import os
 import tempfile
 import unittest
 
-from command_line import CommandLineTest
+from command_line import CommandLineTest, read_safetensors
 
 MODEL = os.path.join(os.path.dirname(__file__), "..", "..", "models", "tessera-bytes")
 
@@ -51,6 +51,42 @@ class RunCachesTest(CommandLineTest):
             with open(path, "w", encoding="utf-8") as file:
                 json.dump({"layers": layers[:1]}, file)
             self.refuse("run", "--model", MODEL, "--prompt", path, "--method", path, saying="the model has 4")
+
+    def test_dump_qkv(self):
+        text = "Attention reads queries, keys and values. " * 15
+        prompt = self.write("prompt.txt", text.encode())
+        whole = self.directory / "qkv.safetensors"
+        run = ["run", "--model", MODEL, "--prompt", prompt, "-n", "0"]
+        tokens = self.succeed_json(*run, "--dump-qkv", whole)["prompt_tokens"]
+        self.assertEqual(tokens, len(text) + 1)
+        tensors = read_safetensors(whole)
+        self.assertEqual({name: tensor[1] for name, tensor in tensors.items()},
+                         {"q": [4, 4, tokens, 64], "k": [4, 2, tokens, 64], "v": [4, 2, tokens, 64]})
+        # What a chunked prefill or a cache that evicts attends to is projected from the same layer-0 inputs; chosen
+        # layers come in ascending order.
+        for arguments in [["--chunk", "300"], ["--method", "snapkv:capacity=100"], ["--kv-dtype", "bf16"]]:
+            part = self.directory / "part.safetensors"
+            self.succeed(*run, "--dump-qkv", part, "--dump-layers", "3+0", *arguments)
+            other = read_safetensors(part)
+            for name in "qkv":
+                heads = other[name][1][1]
+                self.assertEqual(other[name][1], [2, heads, tokens, 64])
+                size = heads * tokens * 64
+                first = max(abs(a - b) for a, b in zip(other[name][2][:size], tensors[name][2][:size]))
+                self.assertLess(first, 1e-4)
+                if "--chunk" in arguments:
+                    last = max(abs(a - b) for a, b in zip(other[name][2][size:], tensors[name][2][3 * size :]))
+                    self.assertLess(last, 1e-2)
+        report = self.succeed_json("attend", "--qkv", whole, "--causal", "--method", "xattention:tau=1", "--compare")
+        self.assertLess(report["error"]["rel_l2"], 1e-3)
+
+    def test_dump_qkv_errors(self):
+        prompt = self.write("prompt.txt", b"abc")
+        run = ["run", "--model", MODEL, "--prompt", prompt, "-n", "0"]
+        self.refuse(*run, "--dump-layers", "0", saying="--dump-qkv")
+        out = self.directory / "qkv.safetensors"
+        self.refuse(*run, "--dump-qkv", out, "--dump-layers", "2-4", saying=["--dump-layers=2-4", "0-3"])
+        self.refuse(*run, "--dump-qkv", out, "--dump-layers", "x", saying="--dump-layers=x")
 
 
 if __name__ == "__main__":

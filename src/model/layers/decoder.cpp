@@ -62,7 +62,7 @@ std::span<const float> Decoder::forward(std::span<const std::int32_t> tokens,
   for (std::int64_t i = 0; i < config_.layers; ++i) {
     const LayerWeights& layer = weights_.layers[static_cast<std::size_t>(i)];
     LayerCache& cache = *caches[static_cast<std::size_t>(i)];
-    project_inputs(layer, cache, threads);
+    project_inputs(i, cache, call);
     attend(i, cache, call, attention_ms);
     finish_layer(layer, threads);
     if (call.after_layer) call.after_layer(i + 1);
@@ -70,7 +70,9 @@ std::span<const float> Decoder::forward(std::span<const std::int32_t> tokens,
   return {hidden_.data(), static_cast<std::size_t>(rows_ * hidden)};
 }
 
-void Decoder::project_inputs(const LayerWeights& layer, LayerCache& cache, int threads) {
+void Decoder::project_inputs(std::int64_t layer_index, LayerCache& cache, const AttentionCall& call) {
+  const LayerWeights& layer = weights_.layers[static_cast<std::size_t>(layer_index)];
+  const int threads = call.run.threads;
   const std::int64_t position = cache.tokens();
   const std::int64_t hidden = config_.hidden_size;
   const std::int64_t q_width = config_.q_heads * config_.head_dim;
@@ -94,6 +96,15 @@ void Decoder::project_inputs(const LayerWeights& layer, LayerCache& cache, int t
         rope_.rotate(keys_.data() + row * kv_width, config_.kv_heads, table);
       }
     });
+    if (call.on_projections) {
+      const auto kv_size = static_cast<std::size_t>(rows * kv_width);
+      call.on_projections({.layer = layer_index,
+                           .position = position + first,
+                           .rows = rows,
+                           .q = {queries, static_cast<std::size_t>(rows * q_width)},
+                           .k = std::span(keys_).first(kv_size),
+                           .v = std::span(values_).first(kv_size)});
+    }
     cache.append(rows, keys_.data(), values_.data(), threads);
   }
 }

@@ -24,6 +24,8 @@ struct AttentionCall {
   bool prompt_ends = false;  ///< with these tokens: caches may compress
   /// Receives the plan of each layer if set.
   std::function<void(std::int64_t layer, const Plan& plan)> on_plan;
+  /// Receives the queries, keys and values of the pass if set.
+  std::function<void(const ProjectedRows& rows)> on_projections;
   /// Called after each layer; may throw to end the pass.
   std::function<void(std::int64_t layers_done)> after_layer;
 };
@@ -49,7 +51,7 @@ class Decoder {
   void release();
 
  private:
-  void project_inputs(const LayerWeights& layer, LayerCache& cache, int threads);
+  void project_inputs(std::int64_t layer_index, LayerCache& cache, const AttentionCall& call);
   void attend(std::int64_t layer_index, LayerCache& cache, const AttentionCall& call, double& attention_ms);
   void finish_layer(const LayerWeights& layer, int threads);
 
