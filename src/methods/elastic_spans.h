@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <vector>
+
+#include "methods/head_table.h"
+#include "methods/parameters.h"
 
 namespace tessera {
 
@@ -28,10 +30,10 @@ std::int64_t span_cache_tokens(const ElasticSpan& rule, std::int64_t length);
 /// [layer][kv head]
 using SpanTable = std::vector<std::vector<ElasticSpan>>;
 
-/// Reads {"heads": [[{"alpha": -1024, "beta": 0.5}, {"class": "full"}, ...], ...]}: layers of kv heads. "full" stands
-/// for alpha 0 and beta 1. Throws Error naming layer and head of anything else.
-SpanTable read_span_table(const std::string& path);
-/// The text of such a file.
-std::string span_table_json(const SpanTable& table);
+/// The spans of a head table (methods/head_table.h); "full" stands for alpha 0 and beta 1. Throws Error naming layer
+/// and head of anything else.
+SpanTable read_span_table(const Configuration& configuration);
+/// The table of these spans.
+HeadTable head_table_of(const SpanTable& spans);
 
 }  // namespace tessera

@@ -4,14 +4,40 @@
 #include <cmath>
 
 #include "core/error.h"
-#include "io/json.h"
-#include "methods/parameters.h"
+#include "methods/configuration.h"
+#include "methods/head_table.h"
 
 namespace tessera {
 
-HeadClasses read_head_classes(const std::string& path) {
-  const Json object = parse_json_file(path);
-  const std::string where = fmt::format("head classes '{}'", path);
+namespace {
+
+HeadClasses classes_of(const HeadTable& table, std::string_view where) {
+  require(!table.empty() && !table[0].empty(), "{}: the table has no heads", where);
+  HeadClasses classes;
+  for (const auto& layer : table) {
+    auto& gates = classes.gates.emplace_back();
+    for (const HeadEntry& head : layer) {
+      gates.push_back(head.gate.value_or(head.whole ? 1 : 0));
+      if (head.whole || head.beta != 0 || head.sink < 0) continue;
+      const auto recent = static_cast<std::int64_t>(head.alpha) - head.sink;
+      require(recent >= 1, "{}: layer {}, head {}: a span of {} tokens has no place behind {} sinks", where,
+              classes.gates.size() - 1, gates.size() - 1, head.alpha, head.sink);
+      require(classes.sink < 0 || (classes.sink == head.sink && classes.recent == recent),
+              "{}: layer {}, head {}: {} sinks and {} recent tokens differ from the {} and {} of an earlier head",
+              where, classes.gates.size() - 1, gates.size() - 1, head.sink, recent, classes.sink, classes.recent);
+      classes.sink = head.sink;
+      classes.recent = recent;
+    }
+  }
+  return classes;
+}
+
+}  // namespace
+
+HeadClasses read_head_classes(const Configuration& configuration) {
+  const Json object = read_configuration(configuration);
+  const std::string where = fmt::format("head classes '{}'", configuration.name());
+  if (object.is_object() && object.contains("heads")) return classes_of(head_table_of(object, where), where);
   require(object.is_object() && object.contains("retrieval") && object["retrieval"].is_array() &&
               !object["retrieval"].empty(),
           "{}: expected {{\"retrieval\": [[gate of each kv head], ... per layer], \"sink\": n, \"recent\": n}}", where);

@@ -2,8 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <vector>
+
+#include "methods/parameters.h"
 
 namespace tessera {
 
@@ -18,8 +19,9 @@ struct HeadClasses {
   std::vector<std::vector<bool>> retrieval(double threshold, double sparsity) const;
 };
 
-/// Reads {"retrieval": [[gate, ...] per layer], "sink": tokens, "recent": tokens}; the last two may be missing. Throws
-/// Error naming the file and the place of anything else.
-HeadClasses read_head_classes(const std::string& path);
+/// Reads {"retrieval": [[gate, ...] per layer], "sink": tokens, "recent": tokens}, of which the last two may be
+/// missing, or a head table (methods/head_table.h): gates as given, else 1 for class full and 0 for spans; sink and
+/// recent of spans that do not grow, which must agree. Throws Error naming the file and the place of anything else.
+HeadClasses read_head_classes(const Configuration& configuration);
 
 }  // namespace tessera

@@ -4,8 +4,7 @@
 #include <charconv>
 
 #include "core/error.h"
-#include "io/json.h"
-#include "methods/parameters.h"
+#include "methods/configuration.h"
 
 namespace tessera {
 
@@ -28,7 +27,9 @@ std::int64_t head_number(const std::string& text, std::string_view where) {
   return head;
 }
 
-HeadPattern pattern_of(const Json& value, std::string_view where) {
+}  // namespace
+
+HeadPattern head_pattern_of(const Json& value, std::string_view where) {
   require(value.is_array() && value.size() >= 3 && value.size() <= 4 && value[0].is_string(),
           "{}: expected [pattern, size, size, score]; got {}", where, value.dump());
   const std::string name = value[0].get<std::string>();
@@ -51,10 +52,9 @@ HeadPattern pattern_of(const Json& value, std::string_view where) {
   return pattern;
 }
 
-}  // namespace
-
-HeadPatterns read_head_patterns(const std::string& path) {
-  const Json layers = parse_json_file(path);
+HeadPatterns read_head_patterns(const Configuration& configuration) {
+  const Json layers = read_configuration(configuration);
+  const std::string path = configuration.name();
   require(layers.is_array(), "head configuration '{}' is not an array with one object per layer", path);
   HeadPatterns patterns;
   for (const Json& layer : layers) {
@@ -62,10 +62,17 @@ HeadPatterns read_head_patterns(const std::string& path) {
     require(layer.is_object(), "{}: expected an object of heads", where);
     auto& heads = patterns.emplace_back();
     for (const auto& [head, value] : layer.items()) {
-      heads[head_number(head, where)] = pattern_of(value, fmt::format("{}, head {}", where, head));
+      heads[head_number(head, where)] = head_pattern_of(value, fmt::format("{}, head {}", where, head));
     }
   }
   return patterns;
+}
+
+Json head_pattern_json(const HeadPattern& pattern, double score) {
+  for (const NamedKind& kind : kKinds) {
+    if (kind.kind == pattern.kind) return {kind.name, pattern.first, pattern.second, score};
+  }
+  return {};
 }
 
 }  // namespace tessera

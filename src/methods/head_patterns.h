@@ -3,8 +3,11 @@
 
 #include <cstdint>
 #include <map>
-#include <string>
+#include <string_view>
 #include <vector>
+
+#include "io/json.h"
+#include "methods/parameters.h"
 
 namespace tessera {
 
@@ -24,9 +27,12 @@ struct HeadPattern {
 /// [layer] -> query head -> pattern.
 using HeadPatterns = std::vector<std::map<std::int64_t, HeadPattern>>;
 
-/// Reads a file in the format of MInference: an array with one object per layer,
+/// Reads a document in the format of MInference: an array with one object per layer,
 /// {"0": ["vertical_and_slash", 1000, 6096, 0.93], ...}: pattern, two sizes, and the score the search gave it (not
 /// used). "stream_llm" may also be written "a_shape". Throws Error naming layer and head of anything else.
-HeadPatterns read_head_patterns(const std::string& path);
+HeadPatterns read_head_patterns(const Configuration& configuration);
+/// One entry of such a document; `where` begins the messages.
+HeadPattern head_pattern_of(const Json& value, std::string_view where);
+Json head_pattern_json(const HeadPattern& pattern, double score);
 
 }  // namespace tessera

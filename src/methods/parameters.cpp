@@ -66,6 +66,10 @@ std::vector<ParameterInfo> ParameterList::describe() const {
                             info.type = "string";
                             info.default_value = *v;
                           },
+                          [&](const Configuration* v) {
+                            info.type = "string";
+                            info.default_value = v->text;
+                          },
                           [&](const Choice& v) {
                             info.type = "choice";
                             info.default_value = v.names.at(v.get());
@@ -110,6 +114,12 @@ void ParameterList::assign(std::string_view method, std::string_view json) const
                             require(value.is_string(), "{}: {}={} is not a string", method, field.name, text_of(value));
                             *v = value.get<std::string>();
                           },
+                          [&](Configuration* v) {
+                            require(value.is_string() || value.is_structured(),
+                                    "{}: {}={} is neither the path of a file nor its content", method, field.name,
+                                    text_of(value));
+                            v->text = value.is_string() ? value.get<std::string>() : text_of(value);
+                          },
                           [&](const Choice& v) {
                             const std::string choice = value.is_string() ? value.get<std::string>() : text_of(value);
                             const auto at = std::find(v.names.begin(), v.names.end(), choice);
@@ -128,6 +138,13 @@ std::string ParameterList::to_json() const {
                           [&](const Real& v) { object[field.name] = *v.value; },
                           [&](const bool* v) { object[field.name] = *v; },
                           [&](const std::string* v) { object[field.name] = *v; },
+                          [&](const Configuration* v) {
+                            if (v->is_path()) {
+                              object[field.name] = v->text;
+                            } else {
+                              object[field.name] = nlohmann::ordered_json::parse(v->text);
+                            }
+                          },
                           [&](const Choice& v) { object[field.name] = v.names.at(v.get()); }},
                field.value);
   }

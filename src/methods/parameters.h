@@ -23,6 +23,16 @@ namespace tessera {
 /// Largest value of parameters that count tokens: token indices are 32-bit.
 inline constexpr std::int64_t kMostTokens = 2147483647;
 
+/// A parameter that is a JSON document: the path of its file, or the document itself, so that one method file can hold
+/// everything.
+struct Configuration {
+  std::string text;
+  bool empty() const { return text.empty(); }
+  bool is_path() const { return !text.starts_with('{') && !text.starts_with('['); }
+  /// For messages.
+  std::string name() const { return is_path() ? text : "(in the parameters)"; }
+};
+
 /// Collects references to the fields of one parameter struct; valid as long as the struct.
 class ParameterList {
  public:
@@ -37,6 +47,10 @@ class ParameterList {
     fields_.push_back({std::string(name), std::string(description), &field});
   }
   void operator()(std::string_view name, std::string& field, std::string_view description) {
+    fields_.push_back({std::string(name), std::string(description), &field});
+  }
+  /// A string on the command line and in the documentation; JSON may give an object or an array instead of a path.
+  void operator()(std::string_view name, Configuration& field, std::string_view description) {
     fields_.push_back({std::string(name), std::string(description), &field});
   }
   /// An enum with the values 0, 1, ... in the order of `choices`.
@@ -77,7 +91,7 @@ class ParameterList {
   struct Field {
     std::string name;
     std::string description;
-    std::variant<Integer, Real, bool*, std::string*, Choice> value;
+    std::variant<Integer, Real, bool*, std::string*, Configuration*, Choice> value;
   };
 
   std::vector<Field> fields_;

@@ -67,7 +67,8 @@ std::unique_ptr<const Method> from_file(const std::string& name) {
 std::unique_ptr<const Method> make_method_of(const Json& object, std::string_view where) {
   require(object.is_object() && object.contains("method") && object["method"].is_string(),
           "{} is not a JSON object {{\"method\": name, \"parameters\": {{...}}}}", where);
-  const std::vector<std::string> known{"method", "parameters"};
+  // "tuned" is for people: what a search wrote about itself.
+  const std::vector<std::string> known{"method", "parameters", "tuned"};
   for (const auto& [key, value] : object.items()) {
     require(std::find(known.begin(), known.end(), key) != known.end(), "{}: unknown key '{}'; expected {}", where, key,
             fmt::join(known, " and "));

@@ -133,7 +133,7 @@ TEST(HeadPatterns, ReadsTheFormatOfTheSearch) {
   const TemporaryFile file("heads.json",
                            R"([{"0": ["vertical_and_slash", 1000, 6096, 0.93], "2": ["stream_llm", 100, 800, 1]},
                                              {"1": ["block_sparse", 1000, 1, 0.5]}])");
-  const HeadPatterns patterns = read_head_patterns(file.path());
+  const HeadPatterns patterns = read_head_patterns({file.path()});
   ASSERT_EQ(patterns.size(), 2U);
   EXPECT_EQ(patterns[0].at(0), (HeadPattern{HeadPattern::Kind::vertical_and_slash, 1000, 6096}));
   EXPECT_EQ(patterns[0].at(2), (HeadPattern{HeadPattern::Kind::stream_llm, 100, 800}));
@@ -144,7 +144,7 @@ TEST(HeadPatterns, ReadsTheFormatOfTheSearch) {
 TEST(HeadPatterns, RefusesAnythingElse) {
   const auto message = [](const std::string& text) {
     const TemporaryFile file("bad.json", text);
-    return message_of([&] { read_head_patterns(file.path()); });
+    return message_of([&] { read_head_patterns({file.path()}); });
   };
   EXPECT_THAT(message(R"({"0": 1})"), HasSubstr("is not an array"));
   EXPECT_THAT(message(R"([[1]])"), HasSubstr("layer 0: expected an object of heads"));

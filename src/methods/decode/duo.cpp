@@ -11,7 +11,7 @@
 // Differs from the authors' code: the window is counted from each query, so that the chunk length changes nothing;
 // whole_chunk = true lets queries see sinks, the `recent` tokens before their chunk, and their whole chunk, as theirs
 // do. Heads are not reordered so that classes are contiguous: here every kv head has pages of its own. The search for
-// the gates is not part of this file.
+// the gates is src/tune/retrieval_gates.h.
 #include <algorithm>
 
 #include "core/error.h"
@@ -78,14 +78,16 @@ class DuoCache final : public EvictingCache {
 class Duo {
  public:
   struct Params {
-    std::string heads;
+    Configuration heads;
     std::int64_t sink = -1;
     std::int64_t recent = -1;
     double threshold = 0.5;
     double sparsity = -1;
     bool whole_chunk = false;
     void visit(ParameterList& v) {
-      v("heads", heads, "JSON file {\"retrieval\": [[gate of each kv head] per layer]}; none: all are retrieval heads");
+      v("heads", heads,
+        "JSON {\"retrieval\": [[gate of each kv head] per layer]} or {\"heads\": table}; none: all are retrieval "
+        "heads");
       v("sink", sink, -1, kMostTokens, "first tokens that streaming heads keep; -1: of the file, else 64");
       v("recent", recent, -1, kMostTokens, "last tokens that they see, itself included; -1: of the file, else 256");
       v("threshold", threshold, 0, 1, "least gate of a retrieval head");
@@ -111,8 +113,8 @@ class Duo {
             params.sparsity);
     HeadClasses classes;
     if (!params.heads.empty()) {
-      file_ = params.heads;
-      classes = read_head_classes(file_);
+      file_ = params.heads.name();
+      classes = read_head_classes(params.heads);
       retrieval_ = classes.retrieval(params.threshold, params.sparsity);
     }
     const auto first_of = [](std::int64_t a, std::int64_t b, std::int64_t c) { return a >= 0 ? a : (b >= 0 ? b : c); };

@@ -9,7 +9,7 @@
 // Differs from the paper: the rule for tokens that leave while decoding is ours (the paper has none), and the mean is
 // kept as a sum in float64, rounded to the cache's type when it is read. There is no public code; the defaults of S0, C
 // and N0 are as reported. A further prompt attends to what is kept and sets L anew. The search for the heads (echo and
-// induction scores) is not part of this file. Without a file all heads are retrieval heads.
+// induction scores) is src/tune/head_probe.h. Without a file all heads are retrieval heads.
 //
 // plan() is dense: the prompt runs dense unless another prefill method is named.
 #include <algorithm>
@@ -27,14 +27,15 @@ namespace tessera {
 namespace {
 
 struct RazorParams {
-  std::string heads;
+  Configuration heads;
   std::int64_t sink = 4;
   std::int64_t least = 4000;
   double divisor = 5;
   double threshold = 0.5;
   double sparsity = -1;
   void visit(ParameterList& v) {
-    v("heads", heads, "JSON file {\"retrieval\": [[gate of each kv head] per layer]}; none: all are retrieval heads");
+    v("heads", heads,
+      "JSON {\"retrieval\": [[gate of each kv head] per layer]} or {\"heads\": table}; none: all are retrieval heads");
     v("sink", sink, 0, kMostTokens, "N0: first tokens that other heads keep");
     v("least", least, 1, kMostTokens, "S0: least tokens of their buffer of last tokens");
     v("divisor", divisor, 1, 1e9, "C: the buffer holds at least the prompt's length divided by this");
@@ -191,7 +192,7 @@ class Razor {
   void check_model(std::int64_t layers, std::int64_t, std::int64_t kv_heads) const {
     if (retrieval_.empty()) return;
     require(std::ssize(retrieval_) == layers && std::ssize(retrieval_[0]) == kv_heads,
-            "head classes '{}' are for {} layers of {} kv heads; the model has {} of {}", params_.heads,
+            "head classes '{}' are for {} layers of {} kv heads; the model has {} of {}", params_.heads.name(),
             retrieval_.size(), retrieval_[0].size(), layers, kv_heads);
   }
 

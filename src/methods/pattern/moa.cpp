@@ -1,6 +1,6 @@
 // MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression, arXiv:2406.14909: every head keeps
 // sinks and a local span whose length is a linear function of the input's, alpha + beta * N. A search chooses the rules
-// (src/eval/span_search.h).
+// (src/tune/span_search.h).
 //
 // Prefill: in blocks of 64, a row keeps the sink block and the latest blocks up to its own. Decode: 64 static sinks and
 // a ring of the latest tokens, both together as large as the rule says for the prompt plus the tokens to come. With a
@@ -49,12 +49,13 @@ class MixtureOfSpans {
     std::int64_t alpha = 0;
     double beta = 0.5;
     std::int64_t new_tokens = 1024;
-    std::string config;
+    Configuration config;
     void visit(ParameterList& v) {
       v("alpha", alpha, -kMostTokens, kMostTokens, "tokens of the span that do not depend on the length");
       v("beta", beta, 0, 1, "share of the length that the span grows by");
       v("new_tokens", new_tokens, 0, kMostTokens, "tokens to be generated that the decode cache is sized for");
-      v("config", config, "JSON file with a rule per layer and kv head, as the search writes; replaces alpha and beta");
+      v("config", config,
+        "JSON {\"heads\": table} with a rule per layer and kv head, as the search writes; replaces alpha and beta");
     }
   };
   static constexpr bool reads_inputs = false;
@@ -103,11 +104,11 @@ class MixtureOfSpans {
   std::vector<ElasticSpan> rules_of(const Problem& problem, std::int64_t layer) const {
     if (table_.empty()) return {{static_cast<double>(params_.alpha), params_.beta}};
     require(layer < static_cast<std::int64_t>(table_.size()), "moa: layer is {}; '{}' has {} layers", layer,
-            params_.config, table_.size());
+            params_.config.name(), table_.size());
     const std::vector<ElasticSpan>& rules = table_[layer];
     require(static_cast<std::int64_t>(rules.size()) == problem.kv_heads,
-            "moa: layer {} of '{}' has {} heads; the problem has {} kv heads", layer, params_.config, rules.size(),
-            problem.kv_heads);
+            "moa: layer {} of '{}' has {} heads; the problem has {} kv heads", layer, params_.config.name(),
+            rules.size(), problem.kv_heads);
     return rules;
   }
 

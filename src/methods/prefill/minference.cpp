@@ -42,7 +42,7 @@ class MInference {
     std::int64_t k = 100;
     std::int64_t last_q = 64;
     std::int64_t dense_layers = 0;
-    std::string config;
+    Configuration config;
     void visit(ParameterList& list) {
       list("pattern", pattern, {"vertical_and_slash", "stream_llm", "block_sparse"},
            "pattern of heads without an entry in the configuration");
@@ -53,8 +53,7 @@ class MInference {
       list("k", k, 1, kMostTokens, "block_sparse: key tiles of 64 kept per query tile of 64");
       list("last_q", last_q, 1, 1024, "vertical-slash: query rows of the probe");
       list("dense_layers", dense_layers, 0, 65536, "first layers that run dense");
-      list("config", config,
-           "JSON file: per layer {head: [pattern, size, size, score]}, as MInference's search writes");
+      list("config", config, "JSON: per layer {head: [pattern, size, size, score]}, as MInference's search writes");
     }
   };
   static MethodInfo info() {

@@ -10,7 +10,7 @@
 // first query of the call, so with chunked prefill whose offset is not a multiple of the tile two diagonal tiles are
 // kept; the code's `keep_sink` row flag is not reproduced, the forced first tile is what it was meant to be.
 #include "core/error.h"
-#include "io/json.h"
+#include "methods/configuration.h"
 #include "methods/registry.h"
 #include "score/always_keep.h"
 #include "score/cumulative_mass.h"
@@ -28,14 +28,14 @@ class XAttention {
     std::int64_t block = 128;
     double norm = 1;
     std::int64_t dense_below = 0;
-    std::string thresholds;
+    Configuration thresholds;
     void visit(ParameterList& v) {
       v("stride", stride, 1, 64, "antidiagonal stride S; divides block; larger is cheaper and coarser");
       v("tau", tau, 0, 1, "share of the score mass to keep per query tile; 1 keeps everything");
       v("block", block, 16, 1024, "rows of query tiles and keys of key tiles");
       v("norm", norm, 1e-3, 1e3, "divisor of the patch scores");
       v("dense_below", dense_below, 0, kMostTokens, "sequences with fewer keys run dense");
-      v("thresholds", thresholds, "JSON file [[tau per query head] per layer]; replaces tau");
+      v("thresholds", thresholds, "JSON [[tau per query head] per layer]; replaces tau");
     }
   };
   static MethodInfo info() {
@@ -98,16 +98,16 @@ class XAttention {
 
  private:
   void read_thresholds() {
-    const Json table = parse_json_file(params_.thresholds);
-    require(table.is_array(), "xattention: thresholds file '{}' is not an array of layers", params_.thresholds);
+    const Json table = read_configuration(params_.thresholds);
+    require(table.is_array(), "xattention: thresholds file '{}' is not an array of layers", params_.thresholds.name());
     for (const Json& layer : table) {
       require(layer.is_array(), "xattention: layer {} of thresholds file '{}' is not an array of numbers",
-              table_.size(), params_.thresholds);
+              table_.size(), params_.thresholds.name());
       std::vector<double>& heads = table_.emplace_back();
       for (const Json& tau : layer) {
         const bool valid = tau.is_number() && tau.get<double>() >= 0 && tau.get<double>() <= 1;
         require(valid, "xattention: layer {}, head {} of thresholds file '{}' is {}; expected a number in [0, 1]",
-                table_.size() - 1, heads.size(), params_.thresholds, tau.dump());
+                table_.size() - 1, heads.size(), params_.thresholds.name(), tau.dump());
         heads.push_back(tau.get<double>());
       }
     }
@@ -118,11 +118,11 @@ class XAttention {
     const auto heads = static_cast<std::size_t>(problem.q_heads);
     if (params_.thresholds.empty()) return std::vector<double>(heads, params_.tau);
     require(context.layer >= 0 && context.layer < static_cast<std::int64_t>(table_.size()),
-            "xattention: thresholds file '{}' has {} layers; layer {} was asked for", params_.thresholds, table_.size(),
-            context.layer);
+            "xattention: thresholds file '{}' has {} layers; layer {} was asked for", params_.thresholds.name(),
+            table_.size(), context.layer);
     const std::vector<double>& shares = table_[context.layer];
     require(shares.size() == heads, "xattention: layer {} of thresholds file '{}' has {} heads; the problem has {}",
-            context.layer, params_.thresholds, shares.size(), heads);
+            context.layer, params_.thresholds.name(), shares.size(), heads);
     return shares;
   }
 

@@ -216,7 +216,7 @@ TEST(Duo, PlansAreTheMaskOfTheClasses) {
 
 TEST(HeadClasses, ThresholdOrShareOfStreamingHeads) {
   const HeadFile file(R"({"retrieval": [[0.5, 0.2, 0.8], [0.2, 0.49, 1]]})");
-  const HeadClasses classes = read_head_classes(file.path());
+  const HeadClasses classes = read_head_classes({file.path()});
   EXPECT_EQ(classes.sink, -1);
   EXPECT_THAT(classes.retrieval(0.5, -1), ElementsAre(ElementsAre(true, false, true), ElementsAre(false, false, true)));
   EXPECT_THAT(classes.retrieval(0, -1), ElementsAre(ElementsAre(true, true, true), ElementsAre(true, true, true)));
@@ -232,7 +232,7 @@ TEST(HeadClasses, ThresholdOrShareOfStreamingHeads) {
 TEST(HeadClasses, NameWhatIsWrong) {
   const auto complaint = [](const std::string& text) {
     const HeadFile file(text);
-    return message_of([&] { read_head_classes(file.path()); });
+    return message_of([&] { read_head_classes({file.path()}); });
   };
   EXPECT_THAT(complaint("[]"), HasSubstr("expected {\"retrieval\""));
   EXPECT_THAT(complaint(R"({"retrieval": []})"), HasSubstr("expected {\"retrieval\""));

@@ -105,8 +105,8 @@ TEST(Moa, HeadsHaveTheirOwnRules) {
   const testing::TemporaryFolder folder;
   const SpanTable table{{{0, 1}, {0, 1}}, {{100, 0}, {0, 1}}};
   const std::string path = (folder / "rules.json").string();
-  std::ofstream(path) << span_table_json(table);
-  EXPECT_EQ(read_span_table(path), table);
+  std::ofstream(path) << head_table_json(head_table_of(table)).dump();
+  EXPECT_EQ(read_span_table({path}), table);
 
   const AttentionCase input({.name = "heads", .q_heads = 4, .kv_heads = 2, .q_len = 500, .kv_len = 500});
   const auto method = make_method("moa:config=" + path);
