@@ -1,9 +1,7 @@
 // `tessera run`: prefill and generate with a model.
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <array>
-#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <limits>
@@ -17,6 +15,7 @@
 #include "io/json.h"
 #include "io/safetensors.h"
 #include "support/measure.h"
+#include "support/progress.h"
 #include "support/qkv_file.h"
 #include "support/run_options.h"
 #include "tessera/model.h"
@@ -44,17 +43,6 @@ struct Options {
   bool json = false;
 };
 
-// A signal handler can reach nothing but a static object.
-volatile std::sig_atomic_t interrupt_seen = 0;
-
-/// The first Ctrl-C ends the run between two layers; a second one ends the process at once.
-void watch_interrupt() {
-  struct sigaction action = {};
-  action.sa_handler = [](int) { interrupt_seen = 1; };
-  action.sa_flags = static_cast<int>(SA_RESETHAND);
-  sigaction(SIGINT, &action, nullptr);
-}
-
 std::string read_prompt(const std::string& path) {
   if (path != "-") return read_text_file(path);
   std::string text;
@@ -66,35 +54,6 @@ std::string read_prompt(const std::string& path) {
   require(std::ferror(stdin) == 0, "--prompt -: standard input cannot be read");
   return text;
 }
-
-/// Lines on standard error for what takes longer than a second: one that renews itself on a terminal, else one every
-/// ten seconds.
-class ProgressLine {
- public:
-  void show(const char* phase, double done, std::int64_t total) {
-    const double elapsed = watch_.milliseconds() / 1000;
-    const double wait = terminal_ ? (shown_ ? 0.2 : 1.0) : (shown_ ? 10.0 : 1.0);
-    if (elapsed - last_ < wait || done <= 0) return;
-    last_ = elapsed;
-    shown_ = true;
-    const double rate = done / elapsed;
-    fmt::print(stderr, "{}{}: {:.0f}% of {} tokens, {:.0f} tokens/s, {:.0f} s left{}", terminal_ ? "\r\x1b[K" : "",
-               phase, 100 * done / static_cast<double>(total), total, rate, (static_cast<double>(total) - done) / rate,
-               terminal_ ? "" : "\n");
-    std::fflush(stderr);
-  }
-  /// Wipes the line and starts the clock for the next phase.
-  void finish() {
-    if (shown_ && terminal_) fmt::print(stderr, "\r\x1b[K");
-    *this = ProgressLine();
-  }
-
- private:
-  Stopwatch watch_;
-  double last_ = 0;
-  bool shown_ = false;
-  bool terminal_ = isatty(STDERR_FILENO) != 0;
-};
 
 /// Logits of the whole prompt, for --logits-out.
 class LogitsFile {
@@ -125,7 +84,7 @@ SessionOptions session_options(const Options& options) {
   result.chunk = options.chunk;
   result.capacity = options.max_length;
   result.run = run_options_of(options.run);
-  result.cancelled = [] { return interrupt_seen != 0; };
+  result.cancelled = [] { return interrupted(); };
   return result;
 }
 

@@ -1,4 +1,4 @@
-#include "eval/span_search.h"
+#include "tune/span_search.h"
 
 #include <algorithm>
 #include <cmath>
@@ -8,7 +8,7 @@
 #include "core/error.h"
 #include "score/row_access.h"
 
-namespace tessera::eval {
+namespace tessera::tune {
 
 namespace {
 
@@ -540,4 +540,4 @@ SpanTable span_table(const SpanProgram& program, std::span<const ElasticSpan> ru
   return table;
 }
 
-}  // namespace tessera::eval
+}  // namespace tessera::tune

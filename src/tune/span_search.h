@@ -12,7 +12,7 @@
 #include "methods/elastic_spans.h"
 #include "tessera/attention.h"
 
-namespace tessera::eval {
+namespace tessera::tune {
 
 /// Influence of masking keys on a loss, by blocks of kSpanBlock: [blocks][blocks], key blocks of a query block up to
 /// its own. First order in G = dL/dA, with the row renormalised after the masking:
@@ -68,4 +68,4 @@ std::size_t best_at(std::span<const SpanChoice> choices, std::span<const double>
 /// The choice as the table that the method reads.
 SpanTable span_table(const SpanProgram& program, std::span<const ElasticSpan> rules, const SpanChoice& choice);
 
-}  // namespace tessera::eval
+}  // namespace tessera::tune

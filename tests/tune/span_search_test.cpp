@@ -1,5 +1,5 @@
 // The search for elastic spans: influence against the change of the loss itself, the solver against all assignments.
-#include "eval/span_search.h"
+#include "tune/span_search.h"
 
 #include <gtest/gtest.h>
 
@@ -9,7 +9,7 @@
 
 #include "core/error.h"
 
-namespace tessera::eval {
+namespace tessera::tune {
 namespace {
 
 constexpr std::int64_t kLength = 150;
@@ -279,4 +279,4 @@ TEST(SpanSolver, RefusesWhatDoesNotFit) {
 }
 
 }  // namespace
-}  // namespace tessera::eval
+}  // namespace tessera::tune
