@@ -6,8 +6,8 @@ set -euo pipefail
 packages_of() {
   case $1 in
     # ocl-icd-opencl-dev: libdnnl-dev's CMake package asks for OpenCL but only recommends it.
-    build) echo g++ cmake ninja-build pkg-config libfmt-dev nlohmann-json3-dev libcli11-dev libdnnl-dev ocl-icd-opencl-dev libpng-dev ;;
-    test) echo libgtest-dev libgmock-dev libbenchmark-dev libsimde-dev python3 python3-venv ;;
+    build) echo g++ cmake ninja-build pkg-config libfmt-dev nlohmann-json3-dev libcli11-dev libdnnl-dev ocl-icd-opencl-dev libpng-dev libjs-chart.js ;;
+    test) echo libgtest-dev libgmock-dev libbenchmark-dev libsimde-dev python3 python3-venv chromium ;;
     lint) echo clang-format clang-tidy libomp-dev ;;
     fuzz) echo clang libclang-rt-14-dev libomp-dev ;; # also the thread sanitizer
     docs) echo doxygen ;;

@@ -12,6 +12,7 @@
 #include "command.h"
 #include "core/error.h"
 #include "io/safetensors.h"
+#include "support/input_file.h"
 #include "support/run_options.h"
 #include "tessera/eval.h"
 #include "tessera/method.h"
@@ -34,44 +35,6 @@ struct Options {
   RunFlags run;
   bool json = false;
 };
-
-/// A view of a tensor with at most 4 axes, missing ones in front; `storage` holds a copy where the file leaves it
-/// unaligned.
-TensorView view_in_file(const SafetensorsFile& file, const std::string& name, std::vector<std::byte>& storage) {
-  const TensorInfo& info = file.info(name);
-  require(std::find(info.shape.begin(), info.shape.end(), 0) == info.shape.end(),
-          "{}: tensor '{}' has shape [{}]; expected 1 or more on every axis", file.name(), name,
-          fmt::join(info.shape, ", "));
-  std::span<const std::byte> bytes = file.bytes(name);
-  if (reinterpret_cast<std::uintptr_t>(bytes.data()) % size_of(info.dtype) != 0) {
-    storage.assign(bytes.begin(), bytes.end());
-    bytes = storage;
-  }
-  std::array<std::int64_t, 4> shape{1, 1, 1, 1};
-  std::copy_backward(info.shape.begin(), info.shape.end(), shape.end());
-  return view_of(bytes.data(), info.dtype, shape);
-}
-
-TensorView load(const SafetensorsFile& file, const std::string& name, std::vector<std::byte>& storage) {
-  const TensorInfo& info = file.info(name);
-  require(is_attention_dtype(info.dtype), "{}: tensor '{}' has dtype {}; expected F32, BF16 or F16", file.name(), name,
-          info.dtype_name);
-  require(info.shape.size() == 4, "{}: tensor '{}' has shape [{}]; expected 4 axes: batch, heads, tokens, dim",
-          file.name(), name, fmt::join(info.shape, ", "));
-  return view_in_file(file, name, storage);
-}
-
-/// Every other tensor of f32, bf16 or f16 with at most 4 axes, for methods that read more than q, k, v (gates, decays,
-/// learned weights).
-void load_side(const SafetensorsFile& file, AttentionInputs& inputs, std::vector<std::vector<std::byte>>& storage) {
-  for (const std::string& name : file.names()) {
-    const TensorInfo& info = file.info(name);
-    if (name == "q" || name == "k" || name == "v") continue;
-    if (!is_attention_dtype(info.dtype) || info.shape.size() > 4) continue;
-    storage.emplace_back();
-    inputs.side.push_back({name, view_in_file(file, name, storage.back())});
-  }
-}
 
 /// Output and LSE of one call, owned.
 struct Answer {
@@ -130,14 +93,8 @@ void run_attend(const Options& options) {
   for (const auto& [flag, value] : {std::pair{"--plan-out", &options.plan_out}, {"--mask-out", &options.mask_out}}) {
     require(has_plan || value->empty(), "{}: method '{}' is a recurrence and has no plan", flag, method->info().name);
   }
-  const SafetensorsFile file = SafetensorsFile::open(options.qkv);
-  std::array<std::vector<std::byte>, 3> storage;
-  AttentionInputs inputs;
-  inputs.q = load(file, "q", storage[0]);
-  inputs.k = load(file, "k", storage[1]);
-  inputs.v = load(file, "v", storage[2]);
-  std::vector<std::vector<std::byte>> side_storage;
-  load_side(file, inputs, side_storage);
+  const InputFile file(options.qkv);
+  const AttentionInputs& inputs = file.inputs();
   Problem problem = problem_of(inputs.q, inputs.k, inputs.v, options.causal);
   problem.scale = options.scale;
   problem.q_offset = options.q_offset;

@@ -20,6 +20,9 @@ CLI::App* add_command(CLI::App& parent, const std::string& name, const std::stri
 /// Adds --json, bound to `flag`.
 void add_json_option(CLI::App& command, bool& flag);
 
+/// The command line that gives these options again, for reports.
+std::string command_text(const CLI::App& command);
+
 /// Prints one JSON document on standard output. Keys keep the order in which they were set; NaN and infinities, which
 /// JSON lacks, become null.
 void print_json(const nlohmann::ordered_json& document);

@@ -5,10 +5,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <deque>
 #include <memory>
 #include <optional>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -16,6 +14,7 @@
 #include "core/error.h"
 #include "core/parallel.h"
 #include "eval/archetypes.h"
+#include "eval/side_inputs.h"
 #include "kernels/cpu/aligned_buffer.h"
 #include "kernels/peak.h"
 #include "support/bare_plan.h"
@@ -147,19 +146,11 @@ class Subject {
   bool verifiable() const { return plan_.sources.size() == 1 && (method_ == nullptr || method_->runs_its_plan()); }
   bool has_plan() const { return method_ == nullptr || method_->info().has_plan; }
 
-  /// Random tensors for the side inputs that the method needs, with values in the range that it declares.
+  /// Adds random side inputs where the method needs some.
   void add_side_inputs(AttentionInputs& inputs, std::uint64_t seed) {
     if (method_ == nullptr) return;
-    std::mt19937_64 random(seed);
-    for (const SideInputInfo& side : method_->info().side) {
-      if (!side.required) continue;
-      const std::array<std::int64_t, 4> shape = side_shape(side, problem_);
-      std::vector<float>& values = side_values_.emplace_back();
-      values.resize(static_cast<std::size_t>(shape[0] * shape[1] * shape[2] * shape[3]));
-      std::uniform_real_distribution<float> uniform(static_cast<float>(side.minimum), static_cast<float>(side.maximum));
-      for (float& x : values) x = uniform(random);
-      inputs.side.push_back({side.name, view_of(values.data(), DType::f32, shape)});
-    }
+    side_inputs_.emplace(method_->info(), problem_, seed);
+    side_inputs_->add_to(inputs);
   }
 
   /// Compares a recurrence on its first tokens with itself in float64. Throws Error when it is wrong.
@@ -244,7 +235,7 @@ class Subject {
 
   Problem problem_;
   PlanContext context_;
-  std::deque<std::vector<float>> side_values_;
+  std::optional<eval::RandomSideInputs> side_inputs_;
   std::unique_ptr<const Method> method_;
   std::string name_;
   nlohmann::ordered_json parameters_;

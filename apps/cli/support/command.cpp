@@ -75,6 +75,27 @@ CLI::App* add_command(CLI::App& parent, const std::string& name, const std::stri
   return command;
 }
 
+std::string command_text(const CLI::App& command) {
+  const auto quoted = [](const std::string& word) {
+    const bool plain =
+        word.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-+=:,./@%") ==
+        std::string::npos;
+    if (plain && !word.empty()) return word;
+    std::string text(1, '\'');
+    for (const char c : word) text.append(c == '\'' ? "'\\''" : std::string_view(&c, 1));
+    text.push_back('\'');
+    return text;
+  };
+  std::string text = "tessera " + command.get_name();
+  for (const CLI::Option* option : command.get_options()) {
+    if (option->count() == 0) continue;
+    text += fmt::format(" --{}", option->get_lnames().front());
+    if (option->get_items_expected_max() == 0) continue;
+    for (const std::string& word : option->results()) text += fmt::format(" {}", quoted(word));
+  }
+  return text;
+}
+
 void add_json_option(CLI::App& command, bool& flag) {
   command.add_flag("--json", flag, "Print one JSON document on standard output");
 }

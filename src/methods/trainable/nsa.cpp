@@ -174,7 +174,7 @@ struct Nsa {
                 "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention, "
                 "arXiv:2502.11089",
             .phases = {.prefill = true, .decode = true, .backward = true},
-            .budget = {{"top_k", 2, 1 << 20, true}}},
+            .budget = {{"top_k", 2, 1 << 20, true}},
             .side = side_inputs()};
   }
 
