@@ -20,7 +20,7 @@ help: ## List the targets
 build: packages-build packages-test $(BUILD)/build.ninja ## Build the library, the command line, tests and benchmarks
 	@cmake --build --preset $(PRESET) --parallel $(JOBS)
 
-test: build $(VENV)/installed ## Run every test: C++, command line, Python integration and training
+test: build packages-browser $(VENV)/installed ## Run every test: C++, command line, Python integration and training, pages in a browser
 	@scripts/run-tests.sh $(PRESET)
 
 demo: packages-build packages-test $(BUILD)/build.ninja ## A long document through a small model, dense and sparse, and a page of pictures
@@ -54,8 +54,8 @@ packages-%:
 $(BUILD)/build.ninja: CMakePresets.json
 	@cmake --preset $(PRESET)
 
-$(VENV)/installed: tests/integration/requirements.txt training/requirements.txt
+$(VENV)/installed: tests/integration/requirements.txt tests/browser/requirements.txt training/requirements.txt
 	@echo "installing the Python packages of the tests into $(VENV) (once; PyTorch is large)"
 	@python3 -m venv $(VENV)
-	@$(VENV)/bin/pip install --quiet --disable-pip-version-check -r tests/integration/requirements.txt
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check -r tests/integration/requirements.txt -r tests/browser/requirements.txt
 	@touch $@

@@ -1,18 +1,19 @@
 #!/bin/bash
 # Installs the Debian packages that a task needs, once: nothing is downloaded when all are there.
-# usage: scripts/install-packages.sh build|test|lint|fuzz|docs ...
+# usage: scripts/install-packages.sh build|test|browser|lint|fuzz|docs ...
 set -euo pipefail
 
 packages_of() {
   case $1 in
     # ocl-icd-opencl-dev: libdnnl-dev's CMake package asks for OpenCL but only recommends it.
     build) echo g++ cmake ninja-build pkg-config libfmt-dev nlohmann-json3-dev libcli11-dev libdnnl-dev ocl-icd-opencl-dev libpng-dev libjs-chart.js ;;
-    test) echo libgtest-dev libgmock-dev libbenchmark-dev libsimde-dev python3 python3-venv chromium ;;
+    test) echo libgtest-dev libgmock-dev libbenchmark-dev libsimde-dev python3 python3-venv ;;
+    browser) echo chromium fonts-dejavu-core ;;
     lint) echo clang-format clang-tidy libomp-dev ;;
     fuzz) echo clang libclang-rt-14-dev libomp-dev ;; # also the thread sanitizer
     docs) echo doxygen ;;
     *)
-      echo "install-packages: unknown group '$1'; expected build, test, lint, fuzz or docs" >&2
+      echo "install-packages: unknown group '$1'; expected build, test, browser, lint, fuzz or docs" >&2
       return 2
       ;;
   esac

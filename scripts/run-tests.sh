@@ -17,6 +17,9 @@ if [[ -d tests/integration ]]; then python_tests+=(tests/integration); fi
 OMP_WAIT_POLICY=passive TESSERA_CLI=$PWD/$build/bin/tessera .venv/bin/python -m pytest -q -ra -p no:cacheprovider "${python_tests[@]}" 2>&1 |
   tee "$build/pytest.log"
 tail -n 1 "$build/pytest.log" | sed 's/^/Python integration and training (pytest): /' >>"$summary"
+TESSERA_CLI=$PWD/$build/bin/tessera .venv/bin/python -m pytest -q -ra -p no:cacheprovider tests/browser 2>&1 |
+  tee "$build/browser.log"
+tail -n 1 "$build/browser.log" | sed 's/^/pages in a browser (pytest): /' >>"$summary"
 
 echo
 cat "$summary"

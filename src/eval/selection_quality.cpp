@@ -34,6 +34,7 @@ struct Sums {
   double oracle_tokens = 0;
   std::int64_t oracle_rows = 0;
   double touched_mass = 0;
+  double best_touched = 0;  ///< mass of as many tiles as are touched, the best ones
   double tile_recall = 0;
   std::int64_t blocks = 0;
 
@@ -46,6 +47,7 @@ struct Sums {
     oracle_tokens += other.oracle_tokens;
     oracle_rows += other.oracle_rows;
     touched_mass += other.touched_mass;
+    best_touched += other.best_touched;
     tile_recall += other.tile_recall;
     blocks += other.blocks;
   }
@@ -160,10 +162,13 @@ double mass_of_best(std::vector<float> values, std::int64_t count) {
   return std::accumulate(values.begin(), end, 0.0);
 }
 
-/// Compares the tiles that the plan touches with those of the largest mass.
-void judge_tiles(const std::vector<double>& mass, const std::vector<std::uint8_t>& touched, double rows, Sums& sums) {
+/// Compares the tiles that the plan touches with those of the largest mass, and its pairs with `affordable` whole
+/// tiles.
+void judge_tiles(const std::vector<double>& mass, const std::vector<std::uint8_t>& touched, std::int64_t affordable,
+                 double rows, Sums& sums) {
   const auto visible = static_cast<std::int64_t>(mass.size());
   const std::int64_t count = std::count(touched.begin(), touched.end(), std::uint8_t{1});
+  affordable = std::min(affordable, visible);
   std::vector<std::int64_t> best(mass.size());
   std::iota(best.begin(), best.end(), 0);
   std::stable_sort(best.begin(), best.end(), [&](auto a, auto b) { return mass[a] > mass[b]; });
@@ -174,14 +179,15 @@ void judge_tiles(const std::vector<double>& mass, const std::vector<std::uint8_t
     best_mass += mass[static_cast<std::size_t>(best[i])];
   }
   for (std::size_t t = 0; t < mass.size(); ++t) sums.touched_mass += touched[t] != 0 ? mass[t] : 0;
-  sums.oracle_tiles += best_mass;
+  sums.best_touched += best_mass;
+  for (std::int64_t i = 0; i < affordable; ++i) sums.oracle_tiles += mass[static_cast<std::size_t>(best[i])];
   sums.tile_recall += count > 0 ? static_cast<double>(common) / static_cast<double>(count) : 1;
   ++sums.blocks;
   const double ends = mass.front() + (visible > 1 ? mass.back() : 0);
   const std::int64_t others = visible - 2;
   const double share =
-      others > 0 ? std::clamp(static_cast<double>(count - 2) / static_cast<double>(others), 0.0, 1.0) : 1.0;
-  sums.random_tiles += count == 0 ? 0 : ends + share * (rows - ends);
+      others > 0 ? std::clamp(static_cast<double>(affordable - 2) / static_cast<double>(others), 0.0, 1.0) : 1.0;
+  sums.random_tiles += affordable == 0 ? 0 : ends + share * (rows - ends);
 }
 
 /// One query block of one head.
@@ -194,6 +200,7 @@ Sums judge_block(const Problem& problem, const AttentionInputs& inputs, Computed
   std::vector<std::uint8_t> kept;
   Sums sums;
   double rows_with_keys = 0;
+  std::int64_t pairs = 0;
   for (std::int64_t r = 0; r < tiles.rows(block); ++r) {
     const std::int64_t visible = tiles.keys_visible_from(tiles.first_position(block) + r);
     if (visible == 0) continue;
@@ -222,6 +229,7 @@ Sums judge_block(const Problem& problem, const AttentionInputs& inputs, Computed
       weighted += y;
       if (j < options.sink_tokens) sink_mass += x;
     }
+    pairs += count;
     sums.mass.push_back(mass);
     sums.sink_free += sink_total < 1 ? std::min(1.0, (mass - sink_mass) / (1 - sink_total)) : 1;
     sums.value_weighted += weight > 0 ? weighted / weight : 1;
@@ -230,7 +238,9 @@ Sums judge_block(const Problem& problem, const AttentionInputs& inputs, Computed
       ++sums.oracle_rows;
     }
   }
-  if (rows_with_keys > 0) judge_tiles(tile_mass, touched, rows_with_keys, sums);
+  // A diagonal tile is half a tile of pairs, but takes a whole one.
+  const std::int64_t affordable = ceil_div(pairs, tiles.rows(block) * options.tile);
+  if (rows_with_keys > 0) judge_tiles(tile_mass, touched, affordable, rows_with_keys, sums);
   return sums;
 }
 
@@ -283,7 +293,7 @@ SelectionQuality judge_selection(const Plan& plan, const AttentionInputs& inputs
   quality.sink_free_mass = sums.sink_free / rows;
   quality.value_weighted_mass = sums.value_weighted / rows;
   quality.tile_recall = sums.tile_recall / static_cast<double>(sums.blocks);
-  quality.mass_efficiency = sums.oracle_tiles > 0 ? sums.touched_mass / sums.oracle_tiles : 1;
+  quality.mass_efficiency = sums.best_touched > 0 ? sums.touched_mass / sums.best_touched : 1;
   quality.oracle_tile_mass = sums.oracle_tiles / rows;
   quality.oracle_token_mass = sums.oracle_tokens / static_cast<double>(sums.oracle_rows);
   quality.random_mass = sums.random_tiles / rows;

@@ -26,11 +26,12 @@ struct SelectionQuality {
   /// the k touched ones over that of the k best.
   double tile_recall = 1;
   double mass_efficiency = 1;
-  double oracle_tile_mass = 1;   ///< mass of the k best tiles
+  double oracle_tile_mass = 1;   ///< mass of the best tiles, as many as the pairs of a block fill
   double oracle_token_mass = 1;  ///< mass of as many keys per row as the plan computes, the best ones
-  double random_mass = 1;        ///< expected of k tiles, the first and the last visible among them, others at random
+  double random_mass = 1;  ///< expected of as many tiles, the first and the last visible among them, others at random
 
-  /// Where mass is lost: 1 - mass = budget + granularity + estimator.
+  /// Where mass is lost: 1 - mass = budget + granularity + estimator. The last is negative where single keys were
+  /// chosen better than any tiles.
   double budget_loss() const { return 1 - oracle_token_mass; }
   double granularity_loss() const { return oracle_token_mass - oracle_tile_mass; }
   double estimator_loss() const { return oracle_tile_mass - mass; }
