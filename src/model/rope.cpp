@@ -41,4 +41,20 @@ void Rope::rotate(float* rows, std::int64_t heads, const float* table) const {
   }
 }
 
+void Rope::rotate_back(float* rows, std::int64_t heads, const float* table) const {
+  const auto half = static_cast<std::int64_t>(frequencies_.size());
+  const float* sines = table + half;
+  for (std::int64_t head = 0; head < heads; ++head) {
+    float* low = rows + head * 2 * half;
+    float* high = low + half;
+#pragma omp simd
+    for (std::int64_t i = 0; i < half; ++i) {
+      const float x = low[i];
+      const float y = high[i];
+      low[i] = x * table[i] + y * sines[i];
+      high[i] = y * table[i] - x * sines[i];
+    }
+  }
+}
+
 }  // namespace tessera::model

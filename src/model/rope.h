@@ -17,6 +17,8 @@ class Rope {
   void tables(std::int64_t first, std::int64_t count, std::vector<float>& out) const;
   /// Rotates one token's heads in place: rows [heads][head_dim], `table` its [2][head_dim / 2].
   void rotate(float* rows, std::int64_t heads, const float* table) const;
+  /// The inverse, which is also the gradient of rotate().
+  void rotate_back(float* rows, std::int64_t heads, const float* table) const;
 
  private:
   std::vector<double> frequencies_;  ///< [head_dim / 2]

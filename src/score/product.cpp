@@ -36,4 +36,13 @@ void multiply_transposed(const float* a, std::int64_t rows, std::int64_t a_strid
           static_cast<int>(status));
 }
 
+void multiply(const float* a, std::int64_t rows, std::int64_t a_stride, const float* b, std::int64_t columns,
+              std::int64_t b_stride, std::int64_t depth, float* out, std::int64_t out_stride) {
+  const OneThread one_thread;
+  const dnnl_status_t status =
+      dnnl_sgemm('N', 'N', rows, columns, depth, 1.0F, a, a_stride, b, b_stride, 0.0F, out, out_stride);
+  require(status == dnnl_success, "matrix product of {} x {} x {} failed (oneDNN status {})", rows, columns, depth,
+          static_cast<int>(status));
+}
+
 }  // namespace tessera::score

@@ -11,4 +11,8 @@ namespace tessera::score {
 void multiply_transposed(const float* a, std::int64_t rows, std::int64_t a_stride, const float* b, std::int64_t columns,
                          std::int64_t b_stride, std::int64_t depth, float scale, float* out, std::int64_t out_stride);
 
+/// out[i][j] = sum_d a[i][d] * b[d][j]; otherwise as above.
+void multiply(const float* a, std::int64_t rows, std::int64_t a_stride, const float* b, std::int64_t columns,
+              std::int64_t b_stride, std::int64_t depth, float* out, std::int64_t out_stride);
+
 }  // namespace tessera::score

@@ -38,6 +38,42 @@ void rms_norm(const float* x, std::int64_t rows, std::span<const float> gain, do
   });
 }
 
+void rms_norm_backward(const float* x, std::int64_t rows, std::span<const float> gain, double epsilon,
+                       const float* d_out, float* d_x, int threads) {
+  const auto width = static_cast<std::int64_t>(gain.size());
+  for_rows(rows, threads, [&](std::int64_t row) {
+    const float* in = x + row * width;
+    const float* d = d_out + row * width;
+    float* to = d_x + row * width;
+    double squares = 0;
+    double product = 0;
+    for (std::int64_t i = 0; i < width; ++i) {
+      squares += static_cast<double>(in[i]) * in[i];
+      product += static_cast<double>(in[i]) * gain[static_cast<std::size_t>(i)] * d[i];
+    }
+    const double factor = 1.0 / std::sqrt(squares / static_cast<double>(width) + epsilon);
+    const auto along = static_cast<float>(factor * factor * factor * product / static_cast<double>(width));
+    const auto scale = static_cast<float>(factor);
+#pragma omp simd
+    for (std::int64_t i = 0; i < width; ++i) to[i] += scale * gain[static_cast<std::size_t>(i)] * d[i] - along * in[i];
+  });
+}
+
+void silu_product_backward(const float* gate, float* up, float* d_out, std::int64_t rows, std::int64_t width,
+                           int threads) {
+  for_rows(rows, threads, [&](std::int64_t row) {
+    const float* g = gate + row * width;
+    float* u = up + row * width;
+    float* d = d_out + row * width;
+    for (std::int64_t i = 0; i < width; ++i) {
+      const float sigmoid = 1.0F / (1.0F + std::exp(-g[i]));
+      const float d_gate = d[i] * u[i] * sigmoid * (1.0F + g[i] * (1.0F - sigmoid));
+      u[i] = d[i] * g[i] * sigmoid;
+      d[i] = d_gate;
+    }
+  });
+}
+
 void silu_product(float* gate, const float* up, std::int64_t rows, std::int64_t width, int threads) {
   for_rows(rows, threads, [&](std::int64_t row) {
     float* g = gate + row * width;

@@ -28,4 +28,19 @@ void linear(std::span<const float> weight, std::int64_t inputs, std::int64_t out
   });
 }
 
+void linear_backward(std::span<const float> weight, std::int64_t inputs, std::int64_t outputs, const float* d_y,
+                     std::int64_t rows, float* d_x, int threads) {
+  assert(static_cast<std::int64_t>(weight.size()) == inputs * outputs);
+  constexpr std::int64_t tile_rows = 128;
+  constexpr std::int64_t panel = 512;
+  const std::int64_t panels = (inputs + panel - 1) / panel;
+  const std::int64_t slices = (rows + tile_rows - 1) / tile_rows;
+  parallel_for(panels * slices, threads, [&](std::int64_t i, int) {
+    const std::int64_t row = i / panels * tile_rows;
+    const std::int64_t column = i % panels * panel;
+    score::multiply(d_y + row * outputs, std::min(tile_rows, rows - row), outputs, weight.data() + column,
+                    std::min(panel, inputs - column), inputs, outputs, d_x + row * inputs + column, inputs);
+  });
+}
+
 }  // namespace tessera::model

@@ -13,4 +13,8 @@ namespace tessera::model {
 void linear(std::span<const float> weight, std::int64_t inputs, std::int64_t outputs, const float* x, std::int64_t rows,
             float* y, int threads);
 
+/// The gradient of x: d_x[r][i] = sum_o d_y[r][o] * weight[o][i].
+void linear_backward(std::span<const float> weight, std::int64_t inputs, std::int64_t outputs, const float* d_y,
+                     std::int64_t rows, float* d_x, int threads);
+
 }  // namespace tessera::model
