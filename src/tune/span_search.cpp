@@ -12,7 +12,6 @@ namespace tessera::tune {
 
 namespace {
 
-constexpr std::int64_t kAlphaStep = 1024;
 constexpr std::int64_t kBetaSteps = 8;
 /// Comparisons of sums that differ by rounding only.
 constexpr double kSlack = 1e-9;
@@ -417,14 +416,16 @@ std::vector<double> influence_of_group(std::span<const std::vector<std::vector<d
   return group;
 }
 
-std::vector<ElasticSpan> candidate_rules(std::int64_t shortest, std::int64_t longest, std::int64_t extended) {
+std::vector<ElasticSpan> candidate_rules(std::int64_t shortest, std::int64_t longest, std::int64_t extended,
+                                         std::int64_t alpha_step) {
+  require(alpha_step >= 1, "alpha_step is {}; expected 1 or more", alpha_step);
   require(shortest >= 1 && shortest <= longest && longest <= extended,
           "lengths are {}, {}, {}; expected shortest <= longest <= extended", shortest, longest, extended);
   std::vector<ElasticSpan> rules;
   const auto span = [](const ElasticSpan& rule, std::int64_t n) {
     return rule.alpha + rule.beta * static_cast<double>(n);
   };
-  for (std::int64_t alpha = -(shortest / kAlphaStep) * kAlphaStep; alpha <= longest; alpha += kAlphaStep) {
+  for (std::int64_t alpha = -(shortest / alpha_step) * alpha_step; alpha <= longest; alpha += alpha_step) {
     for (std::int64_t step = 0; step <= kBetaSteps; ++step) {
       const ElasticSpan rule{static_cast<double>(alpha), static_cast<double>(step) / static_cast<double>(kBetaSteps)};
       const bool fits = span(rule, shortest) > 0 && span(rule, longest) <= static_cast<double>(longest) &&

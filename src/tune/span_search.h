@@ -25,9 +25,10 @@ std::vector<double> block_influence(const Problem& problem, const AttentionInput
 /// value, then the largest of the group.
 std::vector<double> influence_of_group(std::span<const std::vector<std::vector<double>>> heads);
 
-/// Candidate rules: alpha in steps of 1024 from -shortest to +longest, beta in 9 steps from 0 to 1; those whose span
-/// is positive at the shortest length and no longer than the input at `longest` and `extended`.
-std::vector<ElasticSpan> candidate_rules(std::int64_t shortest, std::int64_t longest, std::int64_t extended);
+/// Candidate rules: alpha in steps (published: 1024) from -shortest to +longest, beta in 9 steps from 0 to 1; those
+/// whose span is positive at the shortest length and no longer than the input at `longest` and `extended`.
+std::vector<ElasticSpan> candidate_rules(std::int64_t shortest, std::int64_t longest, std::int64_t extended,
+                                         std::int64_t alpha_step = 1024);
 
 /// Sum of the influence of the blocks that a rule leaves out; `influence` as influence_of_group() gives it.
 double loss_of_rule(const ElasticSpan& rule, std::int64_t length, std::span<const double> influence);

@@ -72,6 +72,7 @@ TunerEntry tuner_entry() {
 
 // The searches, one file each.
 TunerEntry duo_tuner();
+TunerEntry moa_tuner();
 TunerEntry razor_tuner();
 TunerEntry minference_tuner();
 TunerEntry xattention_tuner();

@@ -52,6 +52,26 @@ class TuneTest(CommandLineTest):
             self.assertEqual([len(layer) for layer in thresholds], [4, 4, 4, 4])
             self.assertLess(self.run_with(out)["density"], 1)
 
+    def test_duo(self):
+        out, document = self.tune("duo", "--length", "600", "--threads", "1", "--param", "steps=60",
+                                  "--param", "learning_rate=0.05", "--param", "style=digits", "--param", "passkeys=3",
+                                  "--param", "sink=16", "--param", "recent=48", "--param", "sparsity=0.875")
+        heads = document["parameters"]["heads"]["heads"]
+        # All but the head of the model's induction circuit stream.
+        self.assertEqual([[head["class"] for head in layer] for layer in heads],
+                         [["span", "span"], ["full", "span"], ["span", "span"], ["span", "span"]])
+        dense = self.run_with("dense")
+        report = self.run_with(out)
+        self.assertEqual(report["cache_tokens_kept"], (7 * (16 + 47) + dense["cache_tokens_kept"]) / 8)
+        self.assertLess(report["density"], 0.3)
+
+    def test_moa(self):
+        out, document = self.tune("moa", "--length", "1536", "--threads", "1", "--param", "samples=1",
+                                  "--param", "response=8", "--param", "passkeys=2", "--param", "style=digits",
+                                  "--param", "alpha_step=128")
+        self.assertEqual([len(layer) for layer in document["parameters"]["config"]["heads"]], [2, 2, 2, 2])
+        self.assertLess(self.run_with(out)["density"], 0.9)
+
     def test_errors(self):
         tune = ["tune", "razor", "--model", MODEL, "--out", "x.json"]
         self.refuse("tune", "rasor", saying=["unknown command 'rasor'", "did you mean 'razor'?"])

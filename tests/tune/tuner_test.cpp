@@ -46,6 +46,7 @@ TEST(Tuners, WriteWhatTheMethodsRead) {
   random_model();  // has a folder of the same name
   const testing::TemporaryFolder folder;
   const std::map<std::string, std::string> parameters{
+      {"duo", R"({"steps": 3, "passkeys": 2, "words": 2, "sink": 4, "recent": 20})"},
       {"razor", R"({"induction": 0.3})"},
       {"minference", R"({"scale": 0.1, "first_row": -1})"},
       {"xattention", R"({"form": "profile", "block": 64, "prompts": 2})"},
@@ -72,7 +73,9 @@ TEST(Tuners, EveryDefaultIsInRange) {
       defaults[info.name] = value.is_number() || value.is_boolean() ? value : Json(info.default_value);
       EXPECT_FALSE(info.description.empty()) << tuner.method << " " << info.name;
     }
-    EXPECT_NO_THROW(find_method(tuner.method));
+    TuningTask task = task_of(random_model(), 3000);
+    task.cancelled = [] { return true; };
+    EXPECT_THROW(tune(tuner.method, task, defaults.dump()), Cancelled) << tuner.method;
     EXPECT_FALSE(tuner.paper.empty());
   }
   EXPECT_THROW(find_tuner("razr"), Error);
