@@ -43,6 +43,7 @@ struct Gradients {
   MutableTensorView d_v;                 ///< [B, Hkv, Nk, Dv]
   MutableTensorView d_key_bias;          ///< f32, the shape of Modifiers::key_bias
   std::span<float> d_sink_logits;        ///< [q_heads]
+  std::span<float> d_weight_factors;     ///< of Modifiers::weight_factors, like lse; needs RowWeights::reweighted
   std::vector<SourceGradients> sources;  ///< empty, or sources[i] belongs to AttentionInputs::sources[i]
   std::vector<SideGradient> side;        ///< written by methods with side inputs, not by run_backward()
 
@@ -57,7 +58,9 @@ struct Gradients {
 
 /// Gradients of run(plan, inputs) for the output gradient `saved.d_o`: with P = exp(score - LSE) and
 /// delta = sum(dO * O) - dLSE per row, dV = P^T dO, dS = P (dO V^T - delta), dQ = scale dS K, dK = scale dS^T Q
-/// (FlashAttention-2, arXiv 2307.08691). The plan is a constant. Rows without keys contribute nothing and get 0.
+/// (FlashAttention-2, arXiv 2307.08691). The plan is a constant. Rows without keys contribute nothing and get 0. Other
+/// row weights f: P = f(score) / exp(LSE), dS = f'(score) / exp(LSE) (dO V^T - delta), where the factors of
+/// RowWeights::reweighted are inputs with a gradient of their own. Query scales are constants.
 ///
 /// Sums are float32 and do not depend on the number of threads. When q, k, v and d_o are bf16 and the machine
 /// multiplies bf16 pairs, P and dS are rounded to bf16 for their products; otherwise everything is float32.

@@ -59,6 +59,9 @@ void check_gradients(const Problem& problem, const AttentionInputs& inputs, cons
   require(gradients.d_sink_logits.empty() || !inputs.modifiers.sink_logits.empty(),
           "d_sink_logits is wanted, but there are no sink_logits");
   check_size(gradients.d_sink_logits, problem.q_heads, "d_sink_logits");
+  require(gradients.d_weight_factors.empty() || inputs.modifiers.weights == RowWeights::reweighted,
+          "d_weight_factors is wanted, but the weights are {}; expected reweighted", name_of(inputs.modifiers.weights));
+  check_size(gradients.d_weight_factors, batch * problem.q_heads * problem.q_len, "d_weight_factors");
   require(gradients.sources.empty() || gradients.sources.size() == inputs.sources.size(),
           "gradients of {} key sources are wanted; the call has {}", gradients.sources.size(), inputs.sources.size());
   for (std::size_t i = 0; i < gradients.sources.size(); ++i) {
@@ -98,6 +101,7 @@ void kernels::clear_gradients(const BackwardCall& call) {
   // Rows outside a query subset belong to no tile; sums of biases gather from call to call of a kernel.
   if (!call.call.plan.query_order.empty()) clear(gradients.d_q);
   clear(gradients.d_key_bias);
+  std::fill(gradients.d_weight_factors.begin(), gradients.d_weight_factors.end(), 0.0F);
   for (const SourceGradients& source : gradients.sources) {
     std::fill(source.d_log_weight.begin(), source.d_log_weight.end(), 0.0F);
   }
@@ -109,9 +113,6 @@ RunReport run_backward(const Plan& plan, const AttentionInputs& inputs, const Sa
   kernels::check_key_sources(plan, inputs);
   check_saved(plan.problem, saved);
   check_gradients(plan.problem, inputs, gradients);
-  require(inputs.modifiers.weights == RowWeights::softmax && inputs.modifiers.query_scale.empty(),
-          "the backward pass knows softmax rows without query_scale only; got {} weights and {} query scales",
-          name_of(inputs.modifiers.weights), inputs.modifiers.query_scale.size());
   require(!inputs.pages.used(), "keys and values lie in pages; the backward pass needs them in one tensor");
   require(options.threads >= 0, "threads is {}; expected 0 (all) or more", options.threads);
 

@@ -12,7 +12,7 @@ namespace {
 }  // namespace
 
 const LevelKernels& emulated_avx512_bf16() {
-  static constexpr LevelKernels kernels = level_table();
+  static constexpr LevelKernels kernels = level_table(emulated_avx512_bf16_backward);
   return kernels;
 }
 

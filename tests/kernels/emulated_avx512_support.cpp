@@ -11,7 +11,7 @@ namespace {
 }  // namespace
 
 const LevelKernels& emulated_avx512() {
-  static constexpr LevelKernels kernels = level_table();
+  static constexpr LevelKernels kernels = level_table(emulated_avx512_backward);
   return kernels;
 }
 

@@ -57,6 +57,7 @@ inline void stage_backward_rows(const BackwardJobContext& context, std::int64_t 
   const Call& call = context.call.call;
   const SavedForward& saved = context.call.saved;
   const auto& slopes = call.inputs.modifiers.alibi_slopes;
+  const auto& query_scale = call.inputs.modifiers.query_scale;
   own.slabs = static_cast<std::int32_t>((rows + 15) / 16);
   for (std::int64_t r = 0; r < own.slabs * 16; ++r) {
     std::uint32_t* q = own.q_rows + r * shape.query_stride;
@@ -68,7 +69,7 @@ inline void stage_backward_rows(const BackwardJobContext& context, std::int64_t 
       scratch.head[r] = scratch.head[rows - 1];
       own.delta[r] = 0;
       own.shift[r] = kMinusInfinity;
-      own.slope[r] = 0;
+      own.slope[r] = own.query_scale[r] = own.inverse_sum[r] = own.weight_factor[r] = 0;
       continue;
     }
     const std::int64_t head = scratch.head[r];
@@ -85,7 +86,14 @@ inline void stage_backward_rows(const BackwardJobContext& context, std::int64_t 
                                          : std::numeric_limits<float>::quiet_NaN();
     own.delta[r] = lse == kMinusInfinity ? 0 : context.deltas[index];
     own.slope[r] = slopes.empty() ? 0.0F : slopes.data()[head];
+    own.query_scale[r] =
+        query_scale.empty() ? 1.0F : query_scale.data()[call.problem().q_begin_of(sequence) + scratch.query[r]];
+    if (context.rule.weights == RowWeights::softmax) continue;
+    own.inverse_sum[r] = lse == kMinusInfinity ? 0.0F : std::exp2(own.shift[r]);
+    own.weight_factor[r] =
+        context.rule.weights == RowWeights::reweighted ? call.inputs.modifiers.weight_factors.data()[index] : 1.0F;
   }
+  std::memset(own.d_weight_factor, 0, kTileRows * sizeof(float));
   for (std::int64_t slab = 0; slab < own.slabs; ++slab) {
     const std::int32_t* position = scratch.position + slab * 16;
     own.slab_lowest[slab] = *std::min_element(position, position + 16);
@@ -202,7 +210,33 @@ struct PairGradient {
   Vec p;
   Vec d_score;    ///< by the score, before soft-cap and scale
   Vec d_product;  ///< by the (scaled) product q . k
+  Vec d_factor;   ///< by the row's factor: reweighted rows
 };
+
+/// Rows that are no softmax: weight and its derivatives from a score, by the row's sum and times dP - delta.
+inline void weigh_pair(const BackwardJobContext& context, const BackwardScratch& own, std::int64_t c, Vec score,
+                       Vec d_probability, PairGradient& result) {
+  constexpr float log2e = 1.4426950409F;
+  const Modifiers& modifiers = context.call.call.inputs.modifiers;
+  const Vec inverse_sum = load(own.inverse_sum + c);
+  const Vec softplus_score = softplus(score);
+  const Vec sigmoid = div(set1(1.0F), add(set1(1.0F), exp2(mul(score, set1(-log2e)))));
+  const Vec by_weight = mul(inverse_sum, d_probability);
+  if (context.rule.weights == RowWeights::softplus) {
+    result.p = mul(softplus_score, inverse_sum);
+    result.d_score = mul(sigmoid, by_weight);
+    return;
+  }
+  const Vec factor = load(own.weight_factor + c);
+  const Vec base = at_least(zero(), fma(softplus_score, factor, set1(-modifiers.weight_offset)));
+  // base^(power - 1), which is 0 for base = 0 also where the power is 1.
+  Vec lower = div(base, at_least(set1(std::numeric_limits<float>::min()), base));
+  for (std::int32_t i = 1; i < modifiers.weight_power; ++i) lower = mul(lower, base);
+  const Vec by_base = mul(mul(lower, set1(static_cast<float>(modifiers.weight_power))), by_weight);
+  result.p = mul(mul(lower, base), inverse_sum);
+  result.d_score = mul(mul(by_base, factor), sigmoid);
+  result.d_factor = mul(by_base, softplus_score);
+}
 
 template <bool modified, class Product>
 inline PairGradient gradient_of(const BackwardJobContext& context, std::int64_t sequence, const TileScratch& scratch,
@@ -211,11 +245,12 @@ inline PairGradient gradient_of(const BackwardJobContext& context, std::int64_t 
   Vec score = load(own.scores + lane * kTileRows + c);
   Vec bend = set1(1.0F);
   if constexpr (modified) {
-    score = mul(score, set1(context.rule.to_natural));
+    bend = load(own.query_scale + c);
+    score = mul(mul(score, set1(context.rule.to_natural)), bend);
     if (modifiers.softcap != 0) {
       const Vec t = tanh(mul(score, set1(1 / modifiers.softcap)));
       score = mul(t, set1(modifiers.softcap));
-      bend = sub(set1(1.0F), mul(t, t));
+      bend = mul(bend, sub(set1(1.0F), mul(t, t)));
     }
     const std::int32_t key = scratch.keys[g * kGroupKeys + lane];
     if (scratch.key_source[g] != nullptr) {
@@ -230,10 +265,16 @@ inline PairGradient gradient_of(const BackwardJobContext& context, std::int64_t 
       }
     }
   }
-  const Vec exponent = fma(score, set1(context.rule.to_log2), load(own.shift + c));
+  const Vec d_probability = sub(load(own.d_probabilities + lane * kTileRows + c), load(own.delta + c));
   PairGradient result;
-  result.p = probability_of(exponent, Product{});
-  result.d_score = mul(result.p, sub(load(own.d_probabilities + lane * kTileRows + c), load(own.delta + c)));
+  result.d_factor = zero();
+  if (modified && context.rule.weights != RowWeights::softmax) {
+    weigh_pair(context, own, c, score, d_probability, result);
+  } else {
+    const Vec exponent = fma(score, set1(context.rule.to_log2), load(own.shift + c));
+    result.p = probability_of(exponent, Product{});
+    result.d_score = mul(result.p, d_probability);
+  }
   result.d_product = modified ? mul(result.d_score, bend) : result.d_score;
   return result;
 }
@@ -295,10 +336,16 @@ inline void group_gradients(const BackwardJobContext& context, std::int64_t sequ
           const Mask visible = visible_columns(scratch, mask, key, lane + i, c);
           pairs[i].p = select(visible, pairs[i].p, zero());
           pairs[i].d_product = select(visible, pairs[i].d_product, zero());
-          if constexpr (modified) pairs[i].d_score = select(visible, pairs[i].d_score, zero());
+          if constexpr (modified) {
+            pairs[i].d_score = select(visible, pairs[i].d_score, zero());
+            pairs[i].d_factor = select(visible, pairs[i].d_factor, zero());
+          }
         }
         if constexpr (modified) {
           if (context.rule.wants_bias) store(own.scores + (lane + i) * kTileRows + c, pairs[i].d_score);
+          if (context.rule.weights == RowWeights::reweighted) {
+            store(own.d_weight_factor + c, add(load(own.d_weight_factor + c), pairs[i].d_factor));
+          }
         }
       }
       store_gradients(own, g, lane, c, pairs, Product{});
@@ -508,6 +555,15 @@ inline void store_scaled(const float* numbers, float factor, std::int64_t count,
   }
 }
 
+/// Adds what the staged rows gathered for their factors; a row belongs to one job.
+inline void add_factor_gradients(const BackwardJobContext& context, std::int64_t sequence, const TileScratch& scratch,
+                                 std::int64_t rows, const BackwardScratch& own) {
+  const std::span<float>& out = context.call.gradients.d_weight_factors;
+  for (std::int64_t r = 0; r < rows && !out.empty(); ++r) {
+    out.data()[context.call.call.lse_index(sequence, scratch.head[r], scratch.query[r])] += own.d_weight_factor[r];
+  }
+}
+
 void backward_tile(const BackwardJobContext& context, const TileJob& job, TileScratch& scratch, BackwardScratch& own) {
   const Call& call = context.call.call;
   const Plan& plan = call.plan;
@@ -532,6 +588,7 @@ void backward_tile(const BackwardJobContext& context, const TileJob& job, TileSc
       groups.set_positions(*std::min_element(scratch.position, scratch.position + rows),
                            *std::max_element(scratch.position, scratch.position + rows));
       groups.add_row(plan.entry_begin.data()[job.plan_row], plan.entry_begin.data()[job.plan_row + 1]);
+      add_factor_gradients(context, job.sequence, scratch, rows, own);
       if (d_q.data == nullptr) continue;
       const std::int64_t dim = context.shape.queries.value_dim;
       for_each_query_gradient(context.shape, rows, own, [&](std::int64_t r, std::int64_t d, const float* numbers) {
@@ -563,6 +620,7 @@ void backward_key_major(const BackwardJobContext& context, const KeyMajorJob& jo
       const auto process = [&] {
         stage_backward_rows(context, job.sequence, count, scratch, own);
         backward_block<decltype(product)>(context, job.sequence, scratch, count, own);
+        add_factor_gradients(context, job.sequence, scratch, count, own);
         for_each_query_gradient(context.shape, count, own, [&](std::int64_t r, std::int64_t d, const float* numbers) {
           float* to = d_q + accumulator[r] * width + d;
           for (int i = 0; i < 16; i += kLanes) store(to + i, add(load(to + i), load(numbers + i)));

@@ -66,6 +66,10 @@ std::size_t carve(const BackwardShape& shape, std::byte* memory, BackwardScratch
   carver.take(own.delta, kTileRows);
   carver.take(own.shift, kTileRows);
   carver.take(own.slope, kTileRows);
+  carver.take(own.query_scale, kTileRows);
+  carver.take(own.inverse_sum, kTileRows);
+  carver.take(own.weight_factor, kTileRows);
+  carver.take(own.d_weight_factor, kTileRows);
   return carver.used();
 }
 
@@ -92,6 +96,7 @@ BackwardRule backward_rule_of(const BackwardCall& backward) {
   BackwardRule rule{};
   rule.modified = inputs.modifiers.changes_scores();
   for (const KeySource& source : inputs.sources) rule.modified = rule.modified || !source.log_weight.empty();
+  rule.weights = inputs.modifiers.weights;
   rule.to_natural = backward.problem().softmax_scale();
   rule.to_log2 = rule.modified ? log2e : rule.to_natural * log2e;
   rule.wants_bias = backward.gradients.d_key_bias.data != nullptr;
@@ -189,6 +194,7 @@ class Backward {
       : backward_(backward),
         call_(backward.call),
         level_(level),
+        kernels_(level.backward()),
         key_major_(key_major),
         shape_(shape_of_backward(backward, level)),
         rule_(backward_rule_of(backward)),
@@ -241,8 +247,8 @@ class Backward {
       const std::int64_t chunks = (queries + chunk - 1) / chunk;
       parallel_for(chunks * problem.q_heads, call_.threads, [&](std::int64_t i, int) {
         const std::int64_t first = i % chunks * chunk;
-        level_.backward_deltas(backward_, sequence, i / chunks, first, std::min(first + chunk, queries),
-                               deltas_.data());
+        kernels_.backward_deltas(backward_, sequence, i / chunks, first, std::min(first + chunk, queries),
+                                 deltas_.data());
       });
     }
   }
@@ -319,9 +325,9 @@ class Backward {
       if (key_major_) {
         const Selections selections(call_.plan, job.chunk);
         auto* d_q = reinterpret_cast<float*>(chunk_memory_.data()) + thread * chunk_floats_;
-        level_.backward_key_major(context, job.chunk, selections.view(), scratch_.of(thread), own_[own], d_q);
+        kernels_.backward_key_major(context, job.chunk, selections.view(), scratch_.of(thread), own_[own], d_q);
       } else {
-        level_.backward_tile(context, job.tile, scratch_.of(thread), own_[own]);
+        kernels_.backward_tile(context, job.tile, scratch_.of(thread), own_[own]);
       }
     }
   }
@@ -344,12 +350,12 @@ class Backward {
         for (std::int64_t key = c * chunk; key < std::min(keys, (c + 1) * chunk); ++key) {
           const float* row = sums + (work.source_begin[s] + key) * shape_.row_floats;
           if (d_k.data != nullptr) {
-            level_.sum_lanes(row, lanes, work.lane_floats, rule_.to_natural, problem.head_dim, d_k.dtype,
-                             d_k.row(batch, work.kv_head, begin + key));
+            kernels_.sum_lanes(row, lanes, work.lane_floats, rule_.to_natural, problem.head_dim, d_k.dtype,
+                               d_k.row(batch, work.kv_head, begin + key));
           }
           if (d_v.data != nullptr) {
-            level_.sum_lanes(row + shape_.queries.value_columns, lanes, work.lane_floats, 1.0F, problem.value_dim,
-                             d_v.dtype, d_v.row(batch, work.kv_head, begin + key));
+            kernels_.sum_lanes(row + shape_.queries.value_columns, lanes, work.lane_floats, 1.0F, problem.value_dim,
+                               d_v.dtype, d_v.row(batch, work.kv_head, begin + key));
           }
         }
       });
@@ -391,6 +397,7 @@ class Backward {
   const BackwardCall& backward_;
   const Call& call_;
   const LevelKernels& level_;
+  const BackwardKernels& kernels_;
   bool key_major_;
   BackwardShape shape_;
   BackwardRule rule_;

@@ -27,6 +27,7 @@ struct BackwardRule {
   float to_log2;     ///< product (or, when modified, score) -> exponent of 2
   bool modified;
   bool wants_bias;  ///< gradients of key bias or log-weights are wanted
+  RowWeights weights;
 };
 
 /// Sums of the gradients of all keys of one (sequence, kv head), written by one thread at a time. The query rows of the
@@ -60,6 +61,10 @@ struct BackwardScratch {
   float* delta;                              ///< [kTileRows] sum(dO * O) - dLSE
   float* shift;                              ///< [kTileRows] -LSE as an exponent of 2
   float* slope;                              ///< [kTileRows] ALiBi
+  float* query_scale;                        ///< [kTileRows]
+  float* inverse_sum;                        ///< [kTileRows] exp(-LSE), 0 for rows without weight: no softmax
+  float* weight_factor;                      ///< [kTileRows] of reweighted rows
+  float* d_weight_factor;                    ///< [kTileRows]
   std::int32_t slab_lowest[kTileRows / 16];  ///< positions of 16 rows
   std::int32_t slab_highest[kTileRows / 16];
   std::int32_t slabs;
@@ -76,5 +81,27 @@ struct BackwardJobContext {
   const float* deltas;  ///< of all rows, by lse_index
   const BackwardLane& lane;
 };
+
+/// Entry points of the backward pass in one instruction set.
+struct BackwardKernels {
+  /// Gradients of a tile of query rows: writes dQ, adds to the lane's dK and dV.
+  void (*backward_tile)(const BackwardJobContext& context, const TileJob& job, TileScratch& scratch,
+                        BackwardScratch& own);
+  /// The same for a range of queries with few rows per plan row, key tile by key tile; `d_q` holds
+  /// [queries][heads][head_dim rounded up to 16].
+  void (*backward_key_major)(const BackwardJobContext& context, const KeyMajorJob& job,
+                             const SelectionsByTile& selected, TileScratch& scratch, BackwardScratch& own, float* d_q);
+  /// deltas[lse_index] = sum(dO * O) - dLSE for queries [first, last) of a head.
+  void (*backward_deltas)(const BackwardCall& call, std::int64_t sequence, std::int64_t head, std::int64_t first,
+                          std::int64_t last, float* deltas);
+  /// row[0..count) = factor * sum over the lanes, which lie `lane_stride` floats apart, in `dtype`.
+  void (*sum_lanes)(const float* sums, std::int64_t lanes, std::int64_t lane_stride, float factor, std::int64_t count,
+                    DType dtype, std::byte* row);
+};
+
+const BackwardKernels& backward_portable();
+const BackwardKernels& backward_avx2();
+const BackwardKernels& backward_avx512();
+const BackwardKernels& backward_avx512_bf16();
 
 }  // namespace tessera::kernels

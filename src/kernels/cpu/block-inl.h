@@ -246,6 +246,13 @@ void process_block(const Call& call, const TileShape& shape, const ScoreRule& ru
   if (slow) add_slow_values<Product>(shape, sources, scratch, rows);
 }
 
+/// Original index of the query of a row.
+inline std::int64_t query_of_row(const Call& call, const TileJob& job, std::int64_t row) {
+  const std::int64_t place = job.first_place + row % job.places;
+  const auto& orders = call.plan.query_order;
+  return orders.empty() || orders.data()[job.block].empty() ? place : orders.data()[job.block].data()[place];
+}
+
 /// Calls body with the product of this call.
 template <class Body>
 inline void with_product(const TileShape& shape, const Body& body) {

@@ -1,5 +1,6 @@
-// The whole kernel text of one instruction set. Everything has internal linkage, so that the linker can never pick a
-// function built for one machine where another is running.
+// The forward kernel text of one instruction set; level_backward-inl.h has the backward text, in a compile unit of its
+// own. Everything has internal linkage, so that the linker can never pick a function built for one machine where
+// another is running.
 
 #include "kernels/cpu/vector-inl.h"
 //
@@ -21,13 +22,11 @@
 //
 #include "kernels/cpu/split_key-inl.h"
 //
-#include "kernels/cpu/backward-inl.h"
-//
 #include "kernels/cpu/bitmap-inl.h"
 //
 #include "kernels/cpu/peak-inl.h"
 
-constexpr LevelKernels level_table() {
+constexpr LevelKernels level_table(const BackwardKernels& (*backward)()) {
   LevelKernels table{};
 #if defined(TESSERA_LEVEL_BF16)
   table.pairs_bf16 = true;
@@ -38,12 +37,9 @@ constexpr LevelKernels level_table() {
   table.attend_piece = attend_piece;
   table.merge_pieces = merge_pieces;
   table.find_nonfinite = find_nonfinite;
-  table.backward_tile = backward_tile;
-  table.backward_key_major = backward_key_major;
-  table.backward_deltas = backward_deltas;
-  table.sum_lanes = sum_lanes;
   table.attend_bitmap = attend_bitmap;
   table.product_loop = product_loop;
   table.read_loop = read_loop;
+  table.backward = backward;
   return table;
 }

@@ -10,7 +10,7 @@ namespace {
 }  // namespace
 
 const LevelKernels& level_avx2() {
-  static constexpr LevelKernels kernels = level_table();
+  static constexpr LevelKernels kernels = level_table(backward_avx2);
   return kernels;
 }
 

@@ -10,7 +10,7 @@ namespace {
 }  // namespace
 
 const LevelKernels& level_avx512() {
-  static constexpr LevelKernels kernels = level_table();
+  static constexpr LevelKernels kernels = level_table(backward_avx512);
   return kernels;
 }
 

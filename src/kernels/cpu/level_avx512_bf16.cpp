@@ -11,7 +11,7 @@ namespace {
 }  // namespace
 
 const LevelKernels& level_avx512_bf16() {
-  static constexpr LevelKernels kernels = level_table();
+  static constexpr LevelKernels kernels = level_table(backward_avx512_bf16);
   return kernels;
 }
 

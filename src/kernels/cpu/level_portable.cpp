@@ -8,7 +8,7 @@ namespace {
 }  // namespace
 
 const LevelKernels& level_portable() {
-  static constexpr LevelKernels kernels = level_table();
+  static constexpr LevelKernels kernels = level_table(backward_portable);
   return kernels;
 }
 

@@ -132,8 +132,8 @@ inline void stage_value_panel(const std::byte* const* rows, const TileShape& sha
   stage_values(rows, shape, panel);
 }
 
-void pack(const TileShape& shape, const PackedSource& source, std::int64_t first_group, std::int64_t last_group,
-          std::uint32_t* k_panels, std::uint32_t* v_panels) {
+inline void pack(const TileShape& shape, const PackedSource& source, std::int64_t first_group, std::int64_t last_group,
+                 std::uint32_t* k_panels, std::uint32_t* v_panels) {
   alignas(64) static constexpr std::byte zeros[4096] = {};
   const auto row_bytes = shape.head_dim * static_cast<std::int64_t>(size_of(shape.dtype));
   for (std::int64_t group = first_group; group < last_group; ++group) {
@@ -149,8 +149,8 @@ void pack(const TileShape& shape, const PackedSource& source, std::int64_t first
   }
 }
 
-bool find_nonfinite(const TileShape& shape, const PackedSource& source, std::int64_t first, std::int64_t last,
-                    std::uint8_t* flags) {
+inline bool find_nonfinite(const TileShape& shape, const PackedSource& source, std::int64_t first, std::int64_t last,
+                           std::uint8_t* flags) {
   bool found = false;
   with_dtype(shape.dtype, [&](auto dtype) {
     for (std::int64_t key = first; key < last; ++key) {

@@ -91,12 +91,6 @@ inline void stage_rows(const Call& call, const TileShape& shape, const ScoreRule
   std::memset(scratch.output, 0, static_cast<std::size_t>(rows * shape.value_columns) * sizeof(float));
 }
 
-inline std::int64_t query_of_row(const Call& call, const TileJob& job, std::int64_t row) {
-  const std::int64_t place = job.first_place + row % job.places;
-  const auto& orders = call.plan.query_order;
-  return orders.empty() || orders.data()[job.block].empty() ? place : orders.data()[job.block].data()[place];
-}
-
 void attend_tile(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
                  const PackedSource* sources, TileScratch& scratch) {
   with_product(shape, [&](auto product) {

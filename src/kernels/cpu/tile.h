@@ -162,9 +162,7 @@ struct SplitPiece {
   std::int64_t keys = 0;
 };
 
-struct BackwardCall;
-struct BackwardJobContext;
-struct BackwardScratch;
+struct BackwardKernels;
 
 /// Entry points of one instruction set. Every function is one block of work on one thread.
 struct LevelKernels {
@@ -188,19 +186,6 @@ struct LevelKernels {
   /// 1 for every value row of [first, last) that holds NaN or Inf.
   bool (*find_nonfinite)(const TileShape& shape, const PackedSource& source, std::int64_t first, std::int64_t last,
                          std::uint8_t* flags);
-  /// Gradients of a tile of query rows: writes dQ, adds to the lane's dK and dV (see cpu/backward.h).
-  void (*backward_tile)(const BackwardJobContext& context, const TileJob& job, TileScratch& scratch,
-                        BackwardScratch& own);
-  /// The same for a range of queries with few rows per plan row, key tile by key tile; `d_q` holds
-  /// [queries][heads][head_dim rounded up to 16].
-  void (*backward_key_major)(const BackwardJobContext& context, const KeyMajorJob& job,
-                             const SelectionsByTile& selected, TileScratch& scratch, BackwardScratch& own, float* d_q);
-  /// deltas[lse_index] = sum(dO * O) - dLSE for queries [first, last) of a head.
-  void (*backward_deltas)(const BackwardCall& call, std::int64_t sequence, std::int64_t head, std::int64_t first,
-                          std::int64_t last, float* deltas);
-  /// row[0..count) = factor * sum over the lanes, which lie `lane_stride` floats apart, in `dtype`.
-  void (*sum_lanes)(const float* sums, std::int64_t lanes, std::int64_t lane_stride, float factor, std::int64_t count,
-                    DType dtype, std::byte* row);
   /// Adds a batch of compressed tokens to the states of all rows: maximum [rows] in powers of 2, sum [rows], output
   /// [rows][value_dim rounded up to 64]. Queries are scaled by log2(e).
   void (*attend_bitmap)(const BitmapProblem& problem, const BitmapTiles& keys, const BitmapTiles& values,
@@ -209,6 +194,8 @@ struct LevelKernels {
   double (*product_loop)(std::int64_t iterations, bool pairs, float* sink);
   /// Sum of a buffer, as fast as it can be read.
   float (*read_loop)(const float* data, std::int64_t count);
+  /// The texts with a compile unit of their own.
+  const BackwardKernels& (*backward)();
 };
 
 const LevelKernels& level_portable();

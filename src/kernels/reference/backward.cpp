@@ -76,6 +76,7 @@ void add_row(const BackwardCall& backward, const ReferenceRow& row, const std::v
   const std::int64_t batch = problem.tensor_batch_of(row.sequence);
   const std::int64_t kv_head = row.q_head / problem.group();
   double* d_q = sums.q.row(batch, row.q_head, problem.q_begin_of(row.sequence) + query);
+  double d_factor = 0;
   for (const ReferencePair& pair : pairs_of(call, row, sources)) {
     const ReferenceSource& source = sources[pair.source];
     const bool raw = pair.source == 0;
@@ -83,9 +84,16 @@ void add_row(const BackwardCall& backward, const ReferenceRow& row, const std::v
     const std::int64_t key = raw ? problem.kv_begin_of(row.sequence) + pair.key : pair.key;
     const std::byte* k = source.k.row(pair.key);
     const std::byte* v = source.v.row(pair.key);
-    const double p = std::exp(pair.score - lse);
+    double p = std::exp(pair.score - lse);
+    double slope = p;
     const double d_p = dot(d_o, saved.d_o.dtype, v, source.v.dtype, problem.value_dim);
-    const double d_score = p * (d_p - delta);
+    if (call.inputs.modifiers.weights != RowWeights::softmax) {
+      const ReferenceWeight weight = weight_of(call, row, pair.score);
+      p = weight.weight * std::exp(-lse);
+      slope = weight.slope * std::exp(-lse);
+      d_factor += weight.by_factor * std::exp(-lse) * (d_p - delta);
+    }
+    const double d_score = slope * (d_p - delta);
     SourceSums& own = sums.sources[pair.source];
     double* d_v = own.v.row(b, kv_head, key);
     for (std::int64_t d = 0; d < problem.value_dim; ++d) d_v[d] += p * load_as_float(d_o, saved.d_o.dtype, d);
@@ -100,6 +108,9 @@ void add_row(const BackwardCall& backward, const ReferenceRow& row, const std::v
       const std::int64_t bias_batch = backward.gradients.d_key_bias.shape[0] == 1 ? 0 : row.sequence;
       sums.key_bias.row(bias_batch, bias_head_of(backward, row.q_head), key)[0] += d_score;
     }
+  }
+  if (!backward.gradients.d_weight_factors.empty()) {
+    backward.gradients.d_weight_factors[static_cast<std::size_t>(index)] = static_cast<float>(d_factor);
   }
   if (!call.inputs.modifiers.sink_logits.empty()) {
     const double sink = call.inputs.modifiers.sink_logits[static_cast<std::size_t>(row.q_head)];

@@ -64,16 +64,6 @@ ReferencePair pair_of(const Call& call, const ReferenceRow& row, const Reference
   return pair;
 }
 
-/// Weight of a score where rows are no softmax.
-double weight_of(const Call& call, const ReferenceRow& row, double score) {
-  const Modifiers& modifiers = call.inputs.modifiers;
-  const double own = std::max(score, 0.0) + std::log1p(std::exp(-std::fabs(score)));
-  if (modifiers.weights == RowWeights::softplus) return own;
-  const auto index = static_cast<std::size_t>(call.lse_index(row.sequence, row.q_head, query_of(call, row)));
-  return std::pow(std::max(0.0, modifiers.weight_factors[index] * own - modifiers.weight_offset),
-                  modifiers.weight_power);
-}
-
 /// body(pair) for all pairs of the row.
 template <class Body>
 void for_each_pair(const Call& call, const ReferenceRow& row, const std::vector<ReferenceSource>& sources,
@@ -128,6 +118,19 @@ std::vector<ReferencePair> pairs_of(const Call& call, const ReferenceRow& row,
   return pairs;
 }
 
+ReferenceWeight weight_of(const Call& call, const ReferenceRow& row, double score) {
+  const Modifiers& modifiers = call.inputs.modifiers;
+  const double own = std::max(score, 0.0) + std::log1p(std::exp(-std::fabs(score)));
+  const double slope = 1 / (1 + std::exp(-score));
+  if (modifiers.weights == RowWeights::softplus) return {own, slope, 0};
+  const auto index = static_cast<std::size_t>(call.lse_index(row.sequence, row.q_head, query_of(call, row)));
+  const double factor = modifiers.weight_factors[index];
+  const double base = factor * own - modifiers.weight_offset;
+  if (base <= 0) return {0, 0, 0};
+  const double by_base = modifiers.weight_power * std::pow(base, modifiers.weight_power - 1);
+  return {std::pow(base, modifiers.weight_power), by_base * factor * slope, by_base * own};
+}
+
 ReferenceOutput attend_row(const Call& call, const ReferenceRow& row, const std::vector<ReferenceSource>& sources) {
   SoftmaxState<double> state;
   std::vector<double> output(static_cast<std::size_t>(call.problem().value_dim), 0.0);
@@ -143,7 +146,7 @@ ReferenceOutput attend_row(const Call& call, const ReferenceRow& row, const std:
     if (call.inputs.modifiers.weights == RowWeights::softmax) {
       factor = state.add(pair.score, weight);
     } else {
-      weight = weight_of(call, row, pair.score);
+      weight = weight_of(call, row, pair.score).weight;
       state.maximum = 0;
       state.sum += weight;
     }

@@ -39,6 +39,16 @@ struct ReferenceOutput {
   double lse;
 };
 
+/// Weight of a score before the division by the row's sum, and its derivatives by the score and by the row's factor.
+struct ReferenceWeight {
+  double weight;
+  double slope;
+  double by_factor;  ///< RowWeights::reweighted; else 0
+};
+
+/// For rows that are no softmax.
+ReferenceWeight weight_of(const Call& call, const ReferenceRow& row, double score);
+
 std::vector<ReferenceSource> reference_sources(const Call& call, std::int64_t sequence, std::int64_t kv_head);
 
 /// Original index of the row's query.
