@@ -2,6 +2,8 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <map>
+#include <random>
 
 #include "methods/masks.h"
 
@@ -116,6 +118,176 @@ TEST(SoftplusReweight, RefusesBadParameters) {
   EXPECT_THROW(make_method("softplus-reweight")
                    ->attend(c.problem, inputs, {mutable_view_of(o.data(), DType::f32, {1, 2, 4, 16}), {}}, {}),
                Error);
+}
+
+/// One case as float64 numbers, the loss (outputs and LSEs times their gradients) by definition, and the gradients by
+/// the method.
+struct SoftplusGradient {
+  using Numbers = std::map<std::string, std::vector<double>>;
+
+  explicit SoftplusGradient(const CaseShape& shape)
+      : c(shape), batch(c.problem.variable_length() ? 1 : c.problem.batch) {
+    const Problem& p = c.problem;
+    d_o.resize(static_cast<std::size_t>(batch * p.q_heads * p.q_len * p.value_dim));
+    for (std::size_t i = 0; i < d_o.size(); ++i) d_o[i] = std::cos(static_cast<float>(i) * 0.37F);
+    d_lse.resize(d_o.size() / static_cast<std::size_t>(p.value_dim));
+    for (std::size_t i = 0; i < d_lse.size(); ++i) d_lse[i] = std::sin(static_cast<float>(i) * 0.91F);
+  }
+
+  /// Queries of every third row become 0: their scores are equal, so that the offset leaves nothing.
+  void equal_rows() {
+    for (std::int64_t n = 0; n < c.problem.q_len; n += 3) {
+      for (std::int64_t d = 0; d < c.problem.head_dim; ++d) c.set_q(0, 0, n, d, 0);
+    }
+  }
+
+  Numbers numbers() const {
+    Numbers x;
+    for (const auto& [name, view] :
+         {std::pair{"q", c.inputs.q}, std::pair{"k", c.inputs.k}, std::pair{"v", c.inputs.v}}) {
+      for (std::int64_t b = 0; b < view.batch(); ++b) {
+        for (std::int64_t h = 0; h < view.heads(); ++h) {
+          for (std::int64_t n = 0; n < view.tokens(); ++n) {
+            for (std::int64_t d = 0; d < view.dim(); ++d) {
+              x[name].push_back(load_as_float(view.row(b, h, n), view.dtype, d));
+            }
+          }
+        }
+      }
+    }
+    return x;
+  }
+
+  double loss(const Numbers& x, const Formula& f) const {
+    const Problem& p = c.problem;
+    double total = 0;
+    for (std::int64_t s = 0; s < p.batch; ++s) {
+      for (std::int64_t h = 0; h < p.q_heads; ++h) {
+        for (std::int64_t n = 0; n < p.q_len_of(s); ++n) {
+          const std::int64_t row = (p.tensor_batch_of(s) * p.q_heads + h) * p.q_len + p.q_begin_of(s) + n;
+          const std::int64_t first = (p.tensor_batch_of(s) * p.kv_heads + h / p.group()) * p.kv_len + p.kv_begin_of(s);
+          std::int64_t visible = 0;
+          while (visible < p.kv_len_of(s) && c.allowed(s, n, visible)) ++visible;
+          if (visible == 0) continue;
+          const auto dim = static_cast<double>(p.head_dim);
+          const auto count = static_cast<double>(visible);
+          const double scale = (f.length_scale ? std::log(dim) * std::log(std::max(count, 2.0)) : 1.0) / std::sqrt(dim);
+          std::vector<double> a;
+          double sum = 0;
+          for (std::int64_t j = 0; j < visible; ++j) {
+            double z = 0;
+            for (std::int64_t d = 0; d < p.head_dim; ++d) {
+              z += scale * x.at("q")[row * p.head_dim + d] * x.at("k")[(first + j) * p.head_dim + d];
+            }
+            a.push_back(std::max(z, 0.0) + std::log1p(std::exp(-std::fabs(z))));
+            sum += a.back();
+          }
+          std::vector<double> w;
+          double left = 0;
+          for (const double value : a) {
+            w.push_back(std::pow(std::max(0.0, count * value / sum - f.offset), f.power));
+            left += w.back();
+          }
+          if (!f.reweight || left < 1e-6) {
+            w = a;
+            left = sum;
+          }
+          for (std::int64_t j = 0; j < visible; ++j) {
+            for (std::int64_t d = 0; d < p.value_dim; ++d) {
+              total += w[j] / left * x.at("v")[(first + j) * p.value_dim + d] * d_o[row * p.value_dim + d];
+            }
+          }
+          total += std::log(sum) * d_lse[row];
+        }
+      }
+    }
+    return total;
+  }
+
+  std::map<std::string, std::vector<float>> gradients(const std::string& spec, KernelKind kernel,
+                                                      int threads = 0) const {
+    const Problem& p = c.problem;
+    const std::array<std::int64_t, 4> shape{batch, p.q_heads, p.q_len, p.value_dim};
+    std::vector<float> o(d_o.size());
+    std::vector<float> lse(d_lse.size());
+    const auto method = make_method(spec);
+    PlanContext context;
+    context.run.kernel = kernel;
+    context.run.threads = threads;
+    method->attend(p, c.inputs, {mutable_view_of(o.data(), DType::f32, shape), lse}, context);
+    std::map<std::string, std::vector<float>> values;
+    for (const auto& [name, tensor] : numbers()) values[name].assign(tensor.size(), 99.0F);
+    SavedForward saved;
+    saved.o = view_of(o.data(), DType::f32, shape);
+    saved.d_o = view_of(d_o.data(), DType::f32, shape);
+    saved.lse = lse;
+    saved.d_lse = d_lse;
+    Gradients gradients;
+    gradients.d_q = mutable_view_of(values["q"].data(), DType::f32, c.inputs.q.shape);
+    gradients.d_k = mutable_view_of(values["k"].data(), DType::f32, c.inputs.k.shape);
+    gradients.d_v = mutable_view_of(values["v"].data(), DType::f32, c.inputs.v.shape);
+    method->backward(p, c.inputs, saved, gradients, context);
+    return values;
+  }
+
+  void check(const std::string& parameters, const Formula& f) const {
+    const std::string spec = "softplus-reweight:" + parameters;
+    SCOPED_TRACE(spec + " " + c.shape().name);
+    const auto exact = gradients(spec, KernelKind::reference);
+    const auto fast = gradients(spec, KernelKind::automatic);
+    Numbers x = numbers();
+    std::mt19937 random(5);
+    for (const auto& [name, actual] : exact) {
+      for (int sample = 0; sample < 16; ++sample) {
+        const std::size_t i = sample < 6 ? static_cast<std::size_t>(sample) : random() % actual.size();
+        double& value = x.at(name)[i];
+        const double kept = value;
+        value = kept + 1e-6;
+        const double above = loss(x, f);
+        value = kept - 1e-6;
+        const double expected = (above - loss(x, f)) / 2e-6;
+        value = kept;
+        // The sums and factors between the passes are floats.
+        ASSERT_NEAR(actual[i], expected, 1e-4 * (1 + std::fabs(expected))) << name << " " << i;
+        ASSERT_NEAR(fast.at(name)[i], expected, 5e-4 * (1 + std::fabs(expected))) << name << " " << i;
+      }
+    }
+  }
+
+  AttentionCase c;
+  std::int64_t batch;
+  std::vector<float> d_o;
+  std::vector<float> d_lse;
+};
+
+TEST(SoftplusReweight, GradientsMatchCentralDifferences) {
+  for (const CaseShape& shape : {CaseShape{.name = "grouped", .q_heads = 4, .kv_heads = 2, .q_len = 19, .kv_len = 33},
+                                 CaseShape{.name = "one", .q_len = 1, .kv_len = 1},
+                                 CaseShape{.name = "batch", .batch = 2, .q_len = 17, .kv_len = 17, .causal = false},
+                                 CaseShape{.name = "varlen", .q_lens = {9, 0, 3}, .kv_lens = {20, 4, 3}}}) {
+    const SoftplusGradient g(shape);
+    g.check("offset=1", {});
+    g.check("reweight=false", {.reweight = false});
+    g.check("reweight=false,length_scale=false", {.reweight = false, .length_scale = false});
+    g.check("offset=0.5,power=5", {.offset = 0.5, .power = 5});
+    g.check("offset=0.25,power=1,length_scale=false", {.offset = 0.25, .power = 1, .length_scale = false});
+  }
+}
+
+TEST(SoftplusReweight, RowsThatKeepTheFirstWeightsHaveTheirGradient) {
+  SoftplusGradient g({.name = "equal", .q_heads = 2, .kv_heads = 1, .q_len = 13, .kv_len = 21});
+  g.equal_rows();
+  g.check("offset=1", {});
+  const auto gradients = g.gradients("softplus-reweight", KernelKind::automatic);
+  double size = 0;
+  for (std::size_t d = 0; d < 16; ++d) size += std::fabs(gradients.at("q")[d]);
+  EXPECT_GT(size, 0.01);  // row 0 of head 0 has equal scores, and moves all the same
+}
+
+TEST(SoftplusReweight, GradientsDoNotDependOnThreads) {
+  const SoftplusGradient g({.name = "threads", .q_heads = 4, .kv_heads = 2, .q_len = 150, .kv_len = 150});
+  EXPECT_EQ(g.gradients("softplus-reweight", KernelKind::automatic, 1),
+            g.gradients("softplus-reweight", KernelKind::automatic, 3));
 }
 
 }  // namespace
