@@ -43,7 +43,8 @@ bool find_supported(Isa isa) {
     case Isa::avx512:
       return avx512;
     case Isa::avx512_bf16:
-      return avx512 && __builtin_cpu_supports("avx512bf16");
+      // Every machine with the one has the other, but a virtual machine may hide it.
+      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   }
 #endif
   return isa == Isa::portable;

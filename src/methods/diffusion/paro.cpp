@@ -10,9 +10,8 @@
 //
 // Differs from the paper: its combination takes the least score with a sparsity where more is better; here the dense
 // share enters, so that the least is the best. alpha, the scale of values (per channel) and the rounding of
-// probabilities were not published. Calibration sees the first sequence of a batch, a row keeps its largest block, and
-// 8-bit products are emulated: their numbers, not their speed. The state lives with the caller and is not written to a
-// file.
+// probabilities were not published. Calibration sees the first sequence of a batch, and a row keeps its largest block.
+// The state lives with the caller and is not written to a file.
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -29,7 +28,7 @@
 
 #include "core/error.h"
 #include "core/parallel.h"
-#include "methods/int8_run.h"
+#include "kernels/int8_attention.h"
 #include "methods/registry.h"
 #include "score/axis_orders.h"
 #include "score/token_order.h"
@@ -88,7 +87,7 @@ class Paro {
       v("sigma", sigma, 0, 1, "share of small entries that makes a block sparse");
       v("alpha", alpha, 0, 1, "weight of sparsity against incoherence in the choice of the order");
       v("steps", steps, 1, 100000, "denoising steps of a run: calls of a layer before the masks start over");
-      v("quantise", quantise, {"none", "int8"}, "8-bit integers for both products (emulated)");
+      v("quantise", quantise, {"none", "int8"}, "8-bit integers for both products");
     }
   };
   static MethodInfo info() {
@@ -145,7 +144,7 @@ class Paro {
     const auto start = std::chrono::steady_clock::now();
     Plan decided = plan(problem, inputs, context);
     const std::chrono::duration<double, std::milli> planned = std::chrono::steady_clock::now() - start;
-    RunReport report = params_.quantise == Quantise::int8 ? run_int8(decided, inputs, outputs, context.run)
+    RunReport report = params_.quantise == Quantise::int8 ? kernels::run_int8(decided, inputs, outputs, context.run)
                                                           : run(decided, inputs, outputs, context.run);
     report.plan_ms = planned.count();
     if (executed != nullptr) *executed = std::move(decided);

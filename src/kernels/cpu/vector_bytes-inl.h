@@ -1,0 +1,103 @@
+// The vocabulary of products of bytes, one implementation per instruction set; continues vector-inl.h and is included
+// after it by the texts that need it. TESSERA_LEVEL_BF16 stands for machines with VNNI.
+//
+// ByteProduct is a product as in product-inl.h: word i of `acc` is a 32-bit integer, to which the four products of the
+// unsigned bytes of word i of `a` and the signed bytes of word i of `b` are added, exact for all values of the bytes.
+
+#if defined(TESSERA_LEVEL_AVX512)
+
+/// Truncates; x must fit.
+inline IntVec to_int(Vec x) {
+  return _mm512_cvttps_epi32(x);
+}
+inline IntVec sub_int(IntVec a, IntVec b) {
+  return _mm512_sub_epi32(a, b);
+}
+inline IntVec add_int(IntVec a, IntVec b) {
+  return _mm512_add_epi32(a, b);
+}
+/// The lowest byte of every lane.
+inline void store_low_bytes(std::uint8_t* p, IntVec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+
+/// The words of a product as integers.
+inline IntVec to_words(Vec x) {
+  return _mm512_castps_si512(x);
+}
+struct ByteProduct {
+  static constexpr int keys_per_word = 4;
+  static Vec multiply_add(Vec a, Vec b, Vec acc) {
+#if defined(TESSERA_LEVEL_BF16)
+    return _mm512_castsi512_ps(_mm512_dpbusd_epi32(to_words(acc), to_words(a), to_words(b)));
+#else
+    // Bytes at even and at odd places as 16-bit numbers, whose products of pairs are exact. What belongs to one operand
+    // is worked out once for all the products that it takes part in.
+    const __m512i low = _mm512_set1_epi16(0xff);
+    const __m512i b_even = _mm512_srai_epi16(_mm512_slli_epi16(to_words(b), 8), 8);
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(to_words(a), low), b_even);
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(to_words(a), 8), _mm512_srai_epi16(to_words(b), 8));
+    return _mm512_castsi512_ps(_mm512_add_epi32(to_words(acc), _mm512_add_epi32(even, odd)));
+#endif
+  }
+};
+
+#elif defined(TESSERA_LEVEL_AVX2)
+
+inline IntVec to_int(Vec x) {
+  return _mm256_cvttps_epi32(x);
+}
+inline IntVec sub_int(IntVec a, IntVec b) {
+  return _mm256_sub_epi32(a, b);
+}
+inline IntVec add_int(IntVec a, IntVec b) {
+  return _mm256_add_epi32(a, b);
+}
+inline void store_low_bytes(std::uint8_t* p, IntVec x) {
+  const __m256i low = _mm256_and_si256(x, _mm256_set1_epi32(0xff));
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+}
+inline IntVec to_words(Vec x) {
+  return _mm256_castps_si256(x);
+}
+struct ByteProduct {
+  static constexpr int keys_per_word = 4;
+  static Vec multiply_add(Vec a, Vec b, Vec acc) {
+    const __m256i low = _mm256_set1_epi16(0xff);
+    const __m256i b_even = _mm256_srai_epi16(_mm256_slli_epi16(to_words(b), 8), 8);
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(to_words(a), low), b_even);
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(to_words(a), 8), _mm256_srai_epi16(to_words(b), 8));
+    return _mm256_castsi256_ps(_mm256_add_epi32(to_words(acc), _mm256_add_epi32(even, odd)));
+  }
+};
+
+#else  // portable
+
+inline IntVec to_int(Vec x) {
+  return __builtin_convertvector(x, IntVec);
+}
+inline IntVec sub_int(IntVec a, IntVec b) {
+  return a - b;
+}
+inline IntVec add_int(IntVec a, IntVec b) {
+  return a + b;
+}
+inline void store_low_bytes(std::uint8_t* p, IntVec x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::uint8_t>(x[i] & 0xff);
+}
+inline IntVec to_words(Vec x) {
+  return reinterpret_cast<IntVec>(x);
+}
+struct ByteProduct {
+  static constexpr int keys_per_word = 4;
+  static Vec multiply_add(Vec a, Vec b, Vec acc) {
+    const IntVec u = to_words(a);
+    const IntVec s = to_words(b);
+    const IntVec first = (u & 0xff) * (s << 24 >> 24) + (u >> 8 & 0xff) * (s << 16 >> 24);
+    const IntVec second = (u >> 16 & 0xff) * (s << 8 >> 24) + (u >> 24 & 0xff) * (s >> 24);
+    return reinterpret_cast<Vec>(to_words(acc) + (first + second));
+  }
+};
+
+#endif
