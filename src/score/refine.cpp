@@ -1,0 +1,233 @@
+#include "score/refine.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <utility>
+
+#include "score/top_k.h"
+
+namespace tessera::score {
+
+namespace {
+
+/// Blocks [begin, begin + size).
+struct Node {
+  std::int32_t begin = 0;
+  std::int32_t size = 0;
+  float score = 0;
+  bool scored = false;
+};
+
+/// splitmix64.
+std::uint64_t mixed(std::uint64_t x) {
+  x += 0x9e3779b97f4a7c15U;
+  x = (x ^ (x >> 30U)) * 0xbf58476d1ce4e5b9U;
+  x = (x ^ (x >> 27U)) * 0x94d049bb133111ebU;
+  return x ^ (x >> 31U);
+}
+
+std::int32_t representative_of(const TreeSearch& search, const Node& node) {
+  if (search.representative == Representative::first) return node.begin;
+  if (search.representative == Representative::centre) return node.begin + node.size / 2;
+  const std::uint64_t place = (static_cast<std::uint64_t>(node.begin) << 32U) + static_cast<std::uint64_t>(node.size);
+  return node.begin +
+         static_cast<std::int32_t>(mixed(search.seed ^ mixed(place)) % static_cast<std::uint64_t>(node.size));
+}
+
+/// The larger one; NaN if either is.
+float larger(float a, float b) {
+  return std::isnan(a) || a > b ? a : b;
+}
+
+bool better(float a, float b) {
+  if (std::isnan(a) || std::isnan(b)) return std::isnan(a) && !std::isnan(b);
+  return a > b;
+}
+
+/// Scores the nodes that have no score yet.
+void score_nodes(const TreeSearch& search, std::vector<Node>& nodes, std::vector<std::int32_t>& keys,
+                 std::vector<float>& scores, const ScoreKeys& score) {
+  keys.clear();
+  for (const Node& node : nodes) {
+    if (node.scored) continue;
+    const std::int64_t first = representative_of(search, node) * search.block;
+    for (std::int64_t j = first; j < std::min(first + search.block, search.keys); ++j) {
+      keys.push_back(static_cast<std::int32_t>(j));
+    }
+  }
+  scores.resize(keys.size());
+  score(keys, scores.data());
+  std::size_t next = 0;
+  for (Node& node : nodes) {
+    if (node.scored) continue;
+    const std::int64_t first = representative_of(search, node) * search.block;
+    const std::int64_t count = std::min(search.block, search.keys - first);
+    node.score = scores[next];
+    for (std::int64_t i = 1; i < count; ++i)
+      node.score = larger(scores[next + static_cast<std::size_t>(i)], node.score);
+    node.scored = true;
+    next += static_cast<std::size_t>(count);
+  }
+}
+
+/// Orders like the score, NaN on top, then like the place from the last to the first.
+std::uint64_t rank_of(const Node& node) {
+  const auto bits = std::bit_cast<std::uint32_t>(node.score == 0 ? 0.0F : node.score);
+  const bool negative = (bits >> 31U) != 0;
+  const std::uint32_t ordered = std::isnan(node.score) ? ~0U : (negative ? ~bits : bits | 0x80000000U);
+  return (static_cast<std::uint64_t>(ordered) << 32U) | ~static_cast<std::uint32_t>(node.begin);
+}
+
+/// Keeps the `keep` best nodes in their order.
+void keep_best(std::vector<Node>& nodes, std::size_t keep, std::vector<std::uint64_t>& ranks) {
+  if (nodes.size() <= keep) return;
+  ranks.clear();
+  for (const Node& node : nodes) ranks.push_back(rank_of(node));
+  const auto worst = ranks.begin() + static_cast<std::ptrdiff_t>(keep) - 1;
+  std::nth_element(ranks.begin(), worst, ranks.end(), std::greater<>());
+  std::erase_if(nodes, [least = *worst](const Node& node) { return rank_of(node) < least; });
+}
+
+}  // namespace
+
+std::vector<std::int32_t> search_tree(const TreeSearch& search, const ScoreKeys& score) {
+  const std::int64_t blocks = (search.keys + search.block - 1) / search.block;
+  std::vector<std::int32_t> kept;
+  if (blocks <= search.keep) {
+    kept.resize(static_cast<std::size_t>(blocks));
+    std::iota(kept.begin(), kept.end(), 0);
+    return kept;
+  }
+  std::vector<Node> nodes(static_cast<std::size_t>(search.keep));
+  for (std::int64_t e = 0; e < search.keep; ++e) {
+    nodes[e].begin = static_cast<std::int32_t>(blocks * e / search.keep);
+    nodes[e].size = static_cast<std::int32_t>(blocks * (e + 1) / search.keep) - nodes[e].begin;
+  }
+  std::vector<Node> halves;
+  std::vector<std::int32_t> keys;
+  std::vector<float> scores;
+  std::vector<std::uint64_t> ranks;
+  // The nominal size is blocks / keep, halved every round.
+  for (std::int64_t parts = search.keep; parts < blocks; parts *= 2) {
+    halves.clear();
+    for (const Node& node : nodes) {
+      const std::int32_t left = node.size / 2;
+      Node first{node.begin, left, node.score, false};
+      Node second{node.begin + left, node.size - left, node.score, false};
+      // A half whose representative is that of the whole has its score.
+      first.scored = node.scored && left > 0 && representative_of(search, first) == representative_of(search, node);
+      second.scored = node.scored && representative_of(search, second) == representative_of(search, node);
+      if (left > 0) halves.push_back(first);
+      halves.push_back(second);
+    }
+    score_nodes(search, halves, keys, scores, score);
+    keep_best(halves, static_cast<std::size_t>(search.keep), ranks);
+    nodes.swap(halves);
+  }
+  for (const Node& node : nodes) kept.push_back(node.begin);
+  return kept;
+}
+
+Chunks Chunks::cut(std::int64_t begin, std::int64_t end, std::int64_t chunk) {
+  Chunks chunks{chunk, std::max(begin, end), {}};
+  for (std::int64_t j = begin; j < end; j += chunk) chunks.begins.push_back(static_cast<std::int32_t>(j));
+  return chunks;
+}
+
+Chunks Chunks::split(std::int64_t smaller) const {
+  Chunks parts{smaller, end, {}};
+  for (const std::int32_t begin : begins) {
+    for (std::int64_t j = begin; j < std::min(begin + chunk, end); j += smaller) {
+      parts.begins.push_back(static_cast<std::int32_t>(j));
+    }
+  }
+  return parts;
+}
+
+Chunks search_chunks(const Chunks& candidates, std::int64_t keep, const ScoreKeys& score) {
+  const std::size_t count = candidates.begins.size();
+  if (static_cast<std::int64_t>(count) <= keep) return candidates;
+  struct Interval {
+    std::int32_t left;
+    std::int32_t right;
+  };
+  std::vector<Interval> intervals(count);
+  std::vector<float> best(count, -std::numeric_limits<float>::infinity());
+  std::vector<std::int32_t> keys;
+  std::vector<std::size_t> places;  // where the scores of an interval's two keys are
+  std::vector<float> scores;
+  std::vector<std::size_t> searched;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::int64_t begin = candidates.begins[i];
+    intervals[i] = {candidates.begins[i],
+                    static_cast<std::int32_t>(std::min(begin + candidates.chunk, candidates.end))};
+    searched.push_back(i);
+  }
+  // A chunk of one key is that key.
+  for (const std::size_t i : searched) {
+    if (intervals[i].right - intervals[i].left == 1) keys.push_back(intervals[i].left);
+  }
+  scores.resize(keys.size());
+  if (!keys.empty()) score(keys, scores.data());
+  std::size_t next = 0;
+  for (const std::size_t i : searched) {
+    if (intervals[i].right - intervals[i].left == 1) best[i] = scores[next++];
+  }
+  // Keys already scored inside each chunk, at most two per level: the last levels meet them again.
+  const auto most = 2 * static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(candidates.chunk)));
+  std::vector<std::pair<std::int32_t, float>> seen(count * most);
+  std::vector<std::uint8_t> used(count, 0);
+  const auto known = [&](std::size_t i, std::int32_t key) -> const float* {
+    for (std::size_t s = i * most; s < i * most + used[i]; ++s) {
+      if (seen[s].first == key) return &seen[s].second;
+    }
+    return nullptr;
+  };
+  for (;;) {
+    std::erase_if(searched, [&](std::size_t i) { return intervals[i].right - intervals[i].left <= 1; });
+    if (searched.empty()) break;
+    const auto middles = [&](std::size_t i) {
+      const auto [l, r] = intervals[i];
+      const std::int32_t c = l + (r - l) / 2;
+      return std::array<std::int32_t, 3>{c, l + (c - l) / 2, c + (r - c) / 2};
+    };
+    keys.clear();
+    places.clear();
+    for (const std::size_t i : searched) {
+      const auto [c, left, right] = middles(i);
+      for (const std::int32_t key : {left, right}) {
+        if (known(i, key) == nullptr) {
+          keys.push_back(key);
+          places.push_back(i);
+        }
+      }
+    }
+    scores.resize(keys.size());
+    if (!keys.empty()) score(keys, scores.data());
+    for (std::size_t k = 0; k < keys.size(); ++k) {
+      seen[places[k] * most + used[places[k]]++] = {keys[k], scores[k]};
+    }
+    for (const std::size_t i : searched) {
+      const auto [c, left, right] = middles(i);
+      const float of_left = *known(i, left);
+      const float of_right = *known(i, right);
+      best[i] = larger(of_left, larger(of_right, best[i]));
+      if (better(of_right, of_left)) {
+        intervals[i].left = c;
+      } else {
+        intervals[i].right = c;
+      }
+    }
+  }
+  Chunks chosen{candidates.chunk, candidates.end, {}};
+  for (const std::int32_t i : top_k(best, keep))
+    chosen.begins.push_back(candidates.begins[static_cast<std::size_t>(i)]);
+  return chosen;
+}
+
+}  // namespace tessera::score
