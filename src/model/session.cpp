@@ -158,7 +158,8 @@ class Session::Implementation {
     forget();
     decoder_.release();
     statistics_ = {};
-    logits_ = {};
+    logits_.clear();
+    logits_.shrink_to_fit();
   }
 
  private:

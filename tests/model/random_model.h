@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/convert.h"
+#include "io/json.h"
 #include "io/safetensors.h"
 #include "io/temporary_folder.h"
 #include "tessera/model.h"

@@ -1,0 +1,74 @@
+// A model's answers to generated tasks, and its perplexity on a text, with methods in prefill, in decoding or in both.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "eval/bootstrap.h"
+#include "eval/tasks/task.h"
+#include "tessera/model.h"
+
+namespace tessera::eval {
+
+/// Where a method replaces dense attention.
+enum class EvaluationPhase : std::uint8_t { prefill, decode, both };
+std::string_view name_of(EvaluationPhase phase);
+/// Throws Error that lists the names.
+EvaluationPhase phase_from_name(std::string_view name);
+
+/// Options of a session that runs the method in that phase and dense attention in the other. Throws Error for a method
+/// that does not support it.
+SessionOptions session_options_of(const std::string& spec, EvaluationPhase phase);
+
+/// What is being measured: a task at a length, or a text (task "perplexity").
+struct EvaluationPoint {
+  std::string task;
+  std::int64_t length = 0;
+  std::string method;  ///< SPEC
+  std::int64_t sample = 0;
+  friend bool operator==(const EvaluationPoint&, const EvaluationPoint&) = default;
+};
+
+/// One answer.
+struct EvaluationResult {
+  EvaluationPoint point;
+  double score = 0;                 ///< 0 to 1; of perplexity: bits per byte
+  std::optional<double> gold_bits;  ///< mean bits per token of the gold text, where it was fed
+  double density = 0;               ///< of prefill
+  double prefill_ms = 0;
+  double decode_ms = 0;
+  std::int64_t prompt_tokens = 0;
+  double cache_mb = 0;
+  std::string answer;
+};
+
+/// Asks one question. The session is reset before it. Throws Error when the prompt exceeds the session.
+EvaluationResult ask(Session& session, const TaskInfo& task, const TaskSample& sample);
+
+/// Bits per byte of the first `tokens` tokens of the text (sample 0), or of the following stretches of that length.
+/// Throws Error when the text ends before.
+EvaluationResult measure_perplexity(Session& session, std::string_view text, std::int64_t tokens, std::int64_t sample);
+
+/// All samples of a (task, length, method) together.
+struct EvaluationSummary {
+  std::string task;
+  std::int64_t length = 0;
+  std::string method;
+  std::int64_t samples = 0;
+  Estimate score = {};
+  /// Score minus that of dense attention on the same samples; absent without them.
+  std::optional<Estimate> difference = {};
+  std::optional<double> gold_bits = {};
+  double density = 0;
+  double prefill_ms = 0;  ///< medians
+  double decode_ms = 0;
+  double cache_mb = 0;
+};
+
+/// In the order in which tasks, lengths and methods first appear.
+std::vector<EvaluationSummary> summarise(const std::vector<EvaluationResult>& results);
+
+}  // namespace tessera::eval
