@@ -20,7 +20,7 @@ namespace {
 /// Dense attention without one block of keys in one head of one layer; forward only.
 class MaskedAttention final : public model::DifferentiableAttention {
  public:
-  std::int64_t layer = 0, head = 0, query_block = -1, key_block = 0;
+  std::int64_t layer = -1, head = 0, query_block = 0, key_block = 0;  // layer -1: none is masked
 
   void forward(std::int64_t of_layer, const Problem& problem, const AttentionInputs& inputs,
                const MutableTensorView& o) override {
