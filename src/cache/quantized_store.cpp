@@ -168,7 +168,7 @@ std::int64_t QuantizedStore::scale_of(const QuantizedTiles& tiles, std::int64_t 
   return group * tiles.scale_count + (by_channel ? channel : token);
 }
 
-void QuantizedStore::append(std::int64_t tokens, const ReadRow& read, int threads) {
+void QuantizedStore::append(std::int64_t tokens, const ReadRow& read, int threads, const ChannelFactors& factors) {
   if (tokens <= 0) return;
   const auto heads = static_cast<std::size_t>(heads_);
   Batch batch;
@@ -181,10 +181,7 @@ void QuantizedStore::append(std::int64_t tokens, const ReadRow& read, int thread
   const std::vector<std::byte> no_scales(static_cast<std::size_t>(count) * size_of(format_.scale_dtype));
   batch.steps.assign(of_layer ? 1 : heads, no_scales);
   batch.minima = batch.steps;
-  if (format_.channel_factors) {
-    batch.factors.resize(heads);
-    parallel_for(heads_, threads, [&](std::int64_t head, int) { find_factors(batch, head, read); });
-  }
+  if (format_.channel_factors) batch.factors = factors.empty() ? find_factors(tokens, read, threads) : factors;
   if (of_layer) find_scales_of_layer(batch, read, threads);
   parallel_for(heads_, threads, [&](std::int64_t head, int) {
     if (!of_layer) find_scales(batch, head, read);
@@ -194,19 +191,24 @@ void QuantizedStore::append(std::int64_t tokens, const ReadRow& read, int thread
   tokens_ += tokens;
 }
 
-void QuantizedStore::find_factors(Batch& batch, std::int64_t head, const ReadRow& read) const {
-  std::vector<float>& factors = batch.factors[static_cast<std::size_t>(head)];
-  factors.assign(static_cast<std::size_t>(fill_up(dim_)), 0.0F);
-  std::vector<float> row(static_cast<std::size_t>(dim_));
-  for (std::int64_t token = 0; token < batch.tokens; ++token) {
-    read(head, token, row.data());
-    for (std::size_t d = 0; d < row.size(); ++d) {
-      const float magnitude = std::fabs(row[d]);
-      // What is not finite spoils the scale of its token, not its channel.
-      if (magnitude > factors[d] && std::isfinite(magnitude)) factors[d] = magnitude;
+QuantizedStore::ChannelFactors QuantizedStore::find_factors(std::int64_t tokens, const ReadRow& read,
+                                                            int threads) const {
+  ChannelFactors all(static_cast<std::size_t>(heads_));
+  parallel_for(heads_, threads, [&](std::int64_t head, int) {
+    std::vector<float>& factors = all[static_cast<std::size_t>(head)];
+    factors.assign(static_cast<std::size_t>(fill_up(dim_)), 0.0F);
+    std::vector<float> row(static_cast<std::size_t>(dim_));
+    for (std::int64_t token = 0; token < tokens; ++token) {
+      read(head, token, row.data());
+      for (std::size_t d = 0; d < row.size(); ++d) {
+        const float magnitude = std::fabs(row[d]);
+        // What is not finite spoils the scale of its token, not its channel.
+        if (magnitude > factors[d] && std::isfinite(magnitude)) factors[d] = magnitude;
+      }
     }
-  }
-  for (float& factor : factors) factor = factor > 0 ? std::sqrt(factor) : 1.0F;
+    for (float& factor : factors) factor = factor > 0 ? std::sqrt(factor) : 1.0F;
+  });
+  return all;
 }
 
 void QuantizedStore::divide_by_factors(const Batch& batch, std::int64_t head, float* row) const {

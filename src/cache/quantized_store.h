@@ -89,13 +89,18 @@ class QuantizedStore {
   /// Writes row `token` of head `head` as `dim` floats; called from several threads, each row several times.
   using ReadRow = std::function<void(std::int64_t head, std::int64_t token, float* row)>;
 
+  using ChannelFactors = std::vector<std::vector<float>>;  ///< [heads][channels filled up with ones]
+
   /// Throws Error for bits, groups or dtypes other than QuantizedFormat says.
   QuantizedStore(QuantizedSide side, std::int64_t heads, std::int64_t dim, const QuantizedFormat& format);
 
   /// Quantises `tokens` rows per head, which get scales of their own. |x - stored x| <= step / 2 * factor up to the
   /// rounding of floats. A scale over a number that is not finite has NaN as its minimum, and so have all that share
   /// it.
-  void append(std::int64_t tokens, const ReadRow& read, int threads);
+  /// `factors` are those of find_factors() over these rows and perhaps others; empty: over these alone.
+  void append(std::int64_t tokens, const ReadRow& read, int threads, const ChannelFactors& factors = {});
+  /// sqrt(max |x|) of every channel over `tokens` rows, 1 where all are 0; numbers that are not finite do not count.
+  ChannelFactors find_factors(std::int64_t tokens, const ReadRow& read, int threads) const;
   /// What append() call `batch` left of a head: rows [tokens][dim].
   std::vector<float> expand(std::int64_t head, std::size_t batch) const;
 
@@ -111,10 +116,9 @@ class QuantizedStore {
     std::vector<std::vector<std::uint32_t>> codes;  ///< [heads]
     std::vector<std::vector<std::byte>> steps;      ///< [heads], or one for all
     std::vector<std::vector<std::byte>> minima;
-    std::vector<std::vector<float>> factors;  ///< [heads]; empty: none
+    ChannelFactors factors;  ///< empty: none
   };
 
-  void find_factors(Batch& batch, std::int64_t head, const ReadRow& read) const;
   void find_scales(Batch& batch, std::int64_t head, const ReadRow& read) const;
   void find_scales_of_layer(Batch& batch, const ReadRow& read, int threads) const;
   void encode(Batch& batch, std::int64_t head, const ReadRow& read) const;

@@ -115,11 +115,24 @@ inline simde__m256 emulated_upper_half(simde__m512 x) {
   return emulated_cast<simde__m256>(upper);
 }
 
+struct Bytes16 {
+  std::int8_t lanes[16];
+};
+inline simde__m128i emulated_low_bytes(simde__m512i x) {
+  const auto words = emulated_cast<Words16>(x);
+  Bytes16 bytes{};
+  for (int i = 0; i < 16; ++i) bytes.lanes[i] = static_cast<std::int8_t>(words.lanes[i]);
+  return emulated_cast<simde__m128i>(bytes);
+}
+
 // Macros of Clang's own headers.
 #undef _mm512_cvtps_ph
 #undef _mm512_extractf32x8_ps
 #undef _mm512_reduce_ps
 #undef _mm512_scalef_ps
+#undef _mm512_madd_epi16  // an alias with two arguments too many
+#define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
+#define _mm512_cvtepi32_epi8(x) emulated_low_bytes(x)
 #define _mm512_cvtepi32_epi16(x) emulated_narrow(x)
 #define _mm512_cvtepu16_epi32(x) emulated_widen(x)
 #define _mm512_cvtepi32_ps(x) emulated_to_float(x)

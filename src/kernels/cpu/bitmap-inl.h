@@ -2,7 +2,7 @@
 // channel by channel, values token by token. Included once per level.
 
 constexpr int kBitmapRows = 4;
-constexpr int kVecsPerTile = static_cast<int>(kBitmapTile) / kLanes;
+constexpr int kVecsPerTile = kVecsPerTokens;
 /// Vectors of a tile whose sums stay in registers together: 4 rows of them, of 32 registers or of 16.
 constexpr int kVecsAtOnce = kLanes == 16 ? 4 : 2;
 
@@ -48,25 +48,7 @@ inline void attend_bitmap_group(const BitmapProblem& problem, const BitmapTiles&
   bitmap_product<dtype, rows>(keys, group * problem.head_dim, problem.head_dim, q, problem.head_dim, scores,
                               kBitmapTile);
   for (int r = 0; r < rows; ++r) {
-    float* row = scores + r * kBitmapTile;
-    Vec highest = load(row);
-    for (int x = 1; x < kVecsPerTile; ++x) highest = at_least(highest, load(row + x * kLanes));
-    const float raised = reduce_max(highest);
-    if (raised > maximum[r]) {
-      const float factor = maximum[r] == kMinusInfinity ? 0.0F : std::exp2(maximum[r] - raised);
-      maximum[r] = raised;
-      sum[r] *= factor;
-      for (std::int64_t c = 0; c < columns; c += kLanes) {
-        store(output + r * columns + c, mul(load(output + r * columns + c), set1(factor)));
-      }
-    }
-    Vec total = zero();
-    for (int x = 0; x < kVecsPerTile; ++x) {
-      const Vec p = exp2(sub(load(row + x * kLanes), set1(maximum[r])));
-      total = add(total, p);
-      store(row + x * kLanes, p);
-    }
-    sum[r] += reduce_add(total);
+    weigh_tokens(scores + r * kBitmapTile, maximum[r], sum[r], output + r * columns, columns);
   }
   for (std::int64_t slab = 0; slab < columns / kBitmapTile; ++slab) {
     bitmap_product<dtype, rows>(values, group * columns + slab * kBitmapTile, kBitmapTile, scores, kBitmapTile,

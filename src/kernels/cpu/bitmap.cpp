@@ -1,13 +1,9 @@
 // Schedules attention over bitmap-compressed tokens: pieces of a fixed number of batches, merged in order.
 #include "kernels/bitmap_attention.h"
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
-#include <numbers>
-
 #include "core/parallel.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/piece_states.h"
 
 namespace tessera::kernels {
 
@@ -44,53 +40,21 @@ void attend_bitmap(const BitmapProblem& problem, std::span<const BitmapHead> hea
                    float* lse, const RunOptions& options) {
   const LevelKernels& level = level_of(options.isa.value_or(default_isa()));
   const std::vector<Piece> pieces = cut(heads);
-  const std::int64_t columns = (problem.value_dim + kBitmapTile - 1) / kBitmapTile * kBitmapTile;
-  const auto rows = static_cast<std::size_t>(problem.rows);
-  // Scores in powers of 2, so that the kernel's exponentials need no factor.
-  std::vector<float> scaled(heads.size() * rows * static_cast<std::size_t>(problem.head_dim));
-  for (std::size_t i = 0; i < scaled.size(); ++i) {
-    scaled[i] = queries[i] * problem.scale * std::numbers::log2e_v<float>;
-  }
-  std::vector<float> maximum(pieces.size() * rows);
-  std::vector<float> sum(maximum.size());
-  std::vector<float> output(maximum.size() * static_cast<std::size_t>(columns));
+  const std::vector<float> scaled =
+      scaled_queries(queries, std::ssize(heads) * problem.rows, problem.head_dim, problem.head_dim, problem.scale);
+  PieceStates states(std::ssize(pieces), problem.rows, output_columns(problem.value_dim));
   const auto attend = [&](std::int64_t i, int) {
     const Piece& piece = pieces[static_cast<std::size_t>(i)];
-    const std::size_t state = static_cast<std::size_t>(i) * rows;
     const BitmapHead& head = heads[piece.head];
-    std::fill_n(maximum.begin() + static_cast<std::ptrdiff_t>(state), rows, -std::numeric_limits<float>::infinity());
+    const float* own = scaled.data() + static_cast<std::int64_t>(piece.head) * problem.rows * problem.head_dim;
     for (std::size_t batch = piece.first_batch; batch < piece.last_batch; ++batch) {
-      level.attend_bitmap(problem, head.keys[batch], head.values[batch],
-                          scaled.data() + piece.head * rows * static_cast<std::size_t>(problem.head_dim),
-                          maximum.data() + state, sum.data() + state,
-                          output.data() + state * static_cast<std::size_t>(columns));
+      level.attend_bitmap(problem, head.keys[batch], head.values[batch], own, states.maximum(i), states.sum(i),
+                          states.output(i));
     }
   };
-  parallel_for(static_cast<std::int64_t>(pieces.size()), options.threads, attend);
+  parallel_for(std::ssize(pieces), options.threads, attend);
 
-  for (std::size_t head = 0; head < heads.size(); ++head) {
-    const auto begin = std::find_if(pieces.begin(), pieces.end(), [&](const Piece& p) { return p.head == head; });
-    const auto end = std::find_if(begin, pieces.end(), [&](const Piece& p) { return p.head != head; });
-    for (std::size_t row = 0; row < rows; ++row) {
-      const auto state_of = [&](auto piece) { return static_cast<std::size_t>(piece - pieces.begin()) * rows + row; };
-      float highest = -std::numeric_limits<float>::infinity();
-      for (auto piece = begin; piece != end; ++piece) highest = std::max(highest, maximum[state_of(piece)]);
-      float total = 0;
-      std::vector<float> joined(static_cast<std::size_t>(problem.value_dim), 0.0F);
-      for (auto piece = begin; piece != end; ++piece) {
-        const std::size_t state = state_of(piece);
-        const float factor = maximum[state] == highest ? 1.0F : std::exp2(maximum[state] - highest);
-        total += sum[state] * factor;
-        const float* part = output.data() + state * static_cast<std::size_t>(columns);
-        for (std::size_t d = 0; d < joined.size(); ++d) joined[d] += part[d] * factor;
-      }
-      const std::size_t out = head * rows + row;
-      lse[out] = begin == end ? highest : (highest + std::log2(total)) * std::numbers::ln2_v<float>;
-      for (std::size_t d = 0; d < joined.size(); ++d) {
-        o[out * joined.size() + d] = begin == end ? 0.0F : joined[d] / total;
-      }
-    }
-  }
+  merge_heads(states, pieces, std::ssize(heads), problem.rows, problem.value_dim, o, lse);
 }
 
 }  // namespace tessera::kernels

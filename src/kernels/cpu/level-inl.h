@@ -22,7 +22,11 @@
 //
 #include "kernels/cpu/split_key-inl.h"
 //
+#include "kernels/cpu/weigh_tokens-inl.h"
+//
 #include "kernels/cpu/bitmap-inl.h"
+//
+#include "kernels/cpu/quantized-inl.h"
 //
 #include "kernels/cpu/peak-inl.h"
 
@@ -38,6 +42,7 @@ constexpr LevelKernels level_table(const BackwardKernels& (*backward)()) {
   table.merge_pieces = merge_pieces;
   table.find_nonfinite = find_nonfinite;
   table.attend_bitmap = attend_bitmap;
+  table.attend_quantized = attend_quantized;
   table.product_loop = product_loop;
   table.read_loop = read_loop;
   table.backward = backward;

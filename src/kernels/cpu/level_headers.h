@@ -16,6 +16,8 @@
 #include <limits>
 #include <numbers>
 #include <type_traits>
+#include <utility>
 
 #include "kernels/cpu/backward.h"
+#include "kernels/cpu/piece_states.h"
 #include "kernels/cpu/tile.h"

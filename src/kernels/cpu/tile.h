@@ -9,6 +9,7 @@
 #include "kernels/bitmap_attention.h"
 #include "kernels/kernels.h"
 #include "kernels/key_rows.h"
+#include "kernels/quantized_attention.h"
 
 namespace tessera::kernels {
 
@@ -190,6 +191,11 @@ struct LevelKernels {
   /// [rows][value_dim rounded up to 64]. Queries are scaled by log2(e).
   void (*attend_bitmap)(const BitmapProblem& problem, const BitmapTiles& keys, const BitmapTiles& values,
                         const float* queries, float* maximum, float* sum, float* output);
+  /// The same for blocks [first, last) of a batch of quantised tokens; query rows are quantized_query_stride() floats
+  /// apart, zeros at the end. `scratch` holds quantized_scratch_bytes().
+  void (*attend_quantized)(const QuantizedProblem& problem, const QuantizedTiles& keys, const QuantizedTiles& values,
+                           std::int64_t first, std::int64_t last, const float* queries, float* maximum, float* sum,
+                           float* output, std::byte* scratch);
   /// Register-only product loop of `iterations` rounds; returns floating-point operations done, `sink` keeps it alive.
   double (*product_loop)(std::int64_t iterations, bool pairs, float* sink);
   /// Sum of a buffer, as fast as it can be read.

@@ -89,6 +89,40 @@ inline IntVec load_int(const std::int32_t* p) {
 inline Vec to_float(IntVec x) {
   return _mm512_cvtepi32_ps(x);
 }
+template <int n>
+inline IntVec shift_right(IntVec x) {
+  return _mm512_srli_epi32(x, n);
+}
+template <int n>
+inline IntVec shift_left(IntVec x) {
+  return _mm512_slli_epi32(x, n);
+}
+inline IntVec bits_and(IntVec a, IntVec b) {
+  return _mm512_and_si512(a, b);
+}
+inline IntVec bits_or(IntVec a, IntVec b) {
+  return _mm512_or_si512(a, b);
+}
+/// The low byte of every word.
+inline void store_low_bytes(std::int8_t* p, Vec words) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_castps_si512(words)));
+}
+/// sum + the four products of unsigned bytes of a and signed bytes of b in every word. `wide`: bytes of a may be above
+/// 15.
+template <bool wide>
+inline IntVec multiply_add_bytes(IntVec a, IntVec b, IntVec sum) {
+#if defined(TESSERA_LEVEL_BF16)
+  return _mm512_dpbusd_epi32(sum, a, b);
+#else
+  const __m512i ones = _mm512_set1_epi16(1);
+  const auto products = [&](IntVec x) { return _mm512_madd_epi16(_mm512_maddubs_epi16(x, b), ones); };
+  if constexpr (!wide) return _mm512_add_epi32(sum, products(a));
+  // Pairs of products of whole bytes would not fit into 16 bits.
+  const __m512i low = _mm512_set1_epi8(15);
+  const __m512i high = products(bits_and(shift_right<4>(a), low));
+  return _mm512_add_epi32(_mm512_add_epi32(sum, products(bits_and(a, low))), shift_left<4>(high));
+#endif
+}
 inline Mask not_less(IntVec a, IntVec b) {
   return _mm512_cmpge_epi32_mask(a, b);
 }
@@ -266,6 +300,36 @@ inline IntVec load_int(const std::int32_t* p) {
 }
 inline Vec to_float(IntVec x) {
   return _mm256_cvtepi32_ps(x);
+}
+template <int n>
+inline IntVec shift_right(IntVec x) {
+  return _mm256_srli_epi32(x, n);
+}
+template <int n>
+inline IntVec shift_left(IntVec x) {
+  return _mm256_slli_epi32(x, n);
+}
+inline IntVec bits_and(IntVec a, IntVec b) {
+  return _mm256_and_si256(a, b);
+}
+inline IntVec bits_or(IntVec a, IntVec b) {
+  return _mm256_or_si256(a, b);
+}
+inline void store_low_bytes(std::int8_t* p, Vec words) {
+  const __m256i bytes = _mm256_and_si256(_mm256_castps_si256(words), _mm256_set1_epi32(255));
+  const __m256i halves = _mm256_packus_epi32(bytes, bytes);
+  const __m256i quarters = _mm256_packus_epi16(halves, halves);  // 4 bytes at the beginning of either half
+  const __m128i joined = _mm_unpacklo_epi32(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256(quarters, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), joined);
+}
+template <bool wide>
+inline IntVec multiply_add_bytes(IntVec a, IntVec b, IntVec sum) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  const auto products = [&](IntVec x) { return _mm256_madd_epi16(_mm256_maddubs_epi16(x, b), ones); };
+  if constexpr (!wide) return _mm256_add_epi32(sum, products(a));
+  const __m256i low = _mm256_set1_epi8(15);
+  const __m256i high = products(bits_and(shift_right<4>(a), low));
+  return _mm256_add_epi32(_mm256_add_epi32(sum, products(bits_and(a, low))), shift_left<4>(high));
 }
 inline Mask not_less(IntVec a, IntVec b) {
   return _mm256_castsi256_ps(_mm256_xor_si256(_mm256_cmpgt_epi32(b, a), _mm256_set1_epi32(-1)));
@@ -447,6 +511,35 @@ inline IntVec load_int(const std::int32_t* p) {
 }
 inline Vec to_float(IntVec x) {
   return __builtin_convertvector(x, Vec);
+}
+template <int n>
+inline IntVec shift_right(IntVec x) {
+  using Unsigned = std::uint32_t __attribute__((vector_size(32)));
+  return reinterpret_cast<IntVec>(reinterpret_cast<Unsigned>(x) >> n);
+}
+template <int n>
+inline IntVec shift_left(IntVec x) {
+  using Unsigned = std::uint32_t __attribute__((vector_size(32)));
+  return reinterpret_cast<IntVec>(reinterpret_cast<Unsigned>(x) << n);
+}
+inline IntVec bits_and(IntVec a, IntVec b) {
+  return a & b;
+}
+inline IntVec bits_or(IntVec a, IntVec b) {
+  return a | b;
+}
+inline void store_low_bytes(std::int8_t* p, Vec words) {
+  const auto bits = reinterpret_cast<IntVec>(words);
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::int8_t>(bits[i]);
+}
+template <bool wide>
+inline IntVec multiply_add_bytes(IntVec a, IntVec b, IntVec sum) {
+  const auto byte_product = [&](IntVec unsigned_byte, IntVec signed_top) { return unsigned_byte * (signed_top >> 24); };
+  const IntVec low = set1_int(255);
+  sum += byte_product(a & low, shift_left<24>(b));
+  sum += byte_product(shift_right<8>(a) & low, shift_left<16>(b));
+  sum += byte_product(shift_right<16>(a) & low, shift_left<8>(b));
+  return sum + byte_product(shift_right<24>(a), b);
 }
 inline Mask not_less(IntVec a, IntVec b) {
   return a >= b;
