@@ -37,7 +37,7 @@ def selectors(options):
 
 
 CACHES = ("dense", "tidaldecode:budget=512,reselect_layer=3", "delta:full_layers=0-1,pages=32", "quest", "snapkv", "h2o",
-          "duo", "razor", "think", "mustafar")  # fmt: skip
+          "duo", "razor", "think", "mustafar", "zipcache")  # fmt: skip
 
 
 def run_json(command):

@@ -24,6 +24,43 @@ void accumulate(float* row, std::int64_t count, float& maximum, float& sum) {
   maximum = raised;
 }
 
+/// take(begin, r, probabilities, count) for the keys from `begin` on that row r sees, panel by panel; row r sees
+/// visible(r) of the first `keys` keys.
+template <class Visible, class Take>
+void visit_probabilities(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence,
+                         std::int64_t q_head, std::int64_t first, std::int64_t rows, std::int64_t keys,
+                         const Visible& visible, std::span<const float> lse, ProbeBuffers& buffers, const Take& take) {
+  const std::int64_t dim = problem.head_dim;
+  buffers.queries.resize(static_cast<std::size_t>(rows * dim));
+  load_queries(problem, inputs, sequence, q_head, first, rows, buffers.queries.data());
+  buffers.scores.resize(static_cast<std::size_t>(rows * kPanelKeys));
+  buffers.maximum.assign(static_cast<std::size_t>(rows), -std::numeric_limits<float>::infinity());
+  buffers.sum.assign(static_cast<std::size_t>(rows), 0.0F);
+  for (const bool second_pass : {false, true}) {
+    if (!second_pass && !lse.empty()) continue;
+    for (std::int64_t begin = 0; begin < keys; begin += kPanelKeys) {
+      const std::int64_t count = std::min(kPanelKeys, keys - begin);
+      const float* panel =
+          key_rows(problem, inputs, sequence, q_head / problem.group(), begin, count, count, buffers.keys);
+      multiply_transposed(buffers.queries.data(), rows, dim, panel, count, dim, dim, problem.softmax_scale(),
+                          buffers.scores.data(), kPanelKeys);
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const std::int64_t seen = std::min(count, visible(r) - begin);
+        if (seen <= 0) continue;
+        float* row = buffers.scores.data() + r * kPanelKeys;
+        if (!second_pass) {
+          accumulate(row, seen, buffers.maximum[r], buffers.sum[r]);
+          continue;
+        }
+        exponentiate(row, seen, lse.empty() ? buffers.maximum[r] : lse[r]);
+        const float inverse = lse.empty() ? 1.0F / buffers.sum[r] : 1.0F;
+        for (std::int64_t j = 0; j < seen; ++j) row[j] *= inverse;
+        take(begin, r, row, seen);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void probe_rows(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence, std::int64_t q_head,
@@ -32,8 +69,6 @@ void probe_rows(const Problem& problem, const AttentionInputs& inputs, std::int6
   QueryTiles geometry(problem, sequence, std::max<std::int64_t>(1, rows), kPanelKeys);
   geometry.causal = geometry.causal && seen.causal;
   geometry.keys = std::min(geometry.keys, seen.limit);
-  const std::int64_t dim = problem.head_dim;
-  const std::int64_t kv_head = q_head / problem.group();
   const std::int64_t first_position = geometry.offset + first;
   const std::int64_t keys = rows == 0 ? 0 : geometry.keys_visible_from(first_position + rows - 1);
 
@@ -42,46 +77,42 @@ void probe_rows(const Problem& problem, const AttentionInputs& inputs, std::int6
                      0.0F);
   if (keys == 0) return;
 
-  buffers.queries.resize(static_cast<std::size_t>(rows * dim));
-  load_queries(problem, inputs, sequence, q_head, first, rows, buffers.queries.data());
-  buffers.scores.resize(static_cast<std::size_t>(rows * kPanelKeys));
-  buffers.maximum.assign(static_cast<std::size_t>(rows), -std::numeric_limits<float>::infinity());
-  buffers.sum.assign(static_cast<std::size_t>(rows), 0.0F);
   // Pair (r, j) lies on diagonal j - r + rows - 1: ascending in j for each row, so the inner loop is contiguous.
   buffers.diagonals.assign(static_cast<std::size_t>(want_offsets ? keys + rows : 0), 0.0F);
 
-  for (const bool second_pass : {false, true}) {
-    for (std::int64_t begin = 0; begin < keys; begin += kPanelKeys) {
-      const std::int64_t count = std::min(kPanelKeys, keys - begin);
-      const float* panel = key_rows(problem, inputs, sequence, kv_head, begin, count, count, buffers.keys);
-      multiply_transposed(buffers.queries.data(), rows, dim, panel, count, dim, dim, problem.softmax_scale(),
-                          buffers.scores.data(), kPanelKeys);
-      for (std::int64_t r = 0; r < rows; ++r) {
-        const std::int64_t visible = std::min(count, geometry.keys_visible_from(first_position + r) - begin);
-        if (visible <= 0) continue;
-        float* row = buffers.scores.data() + r * kPanelKeys;
-        if (!second_pass) {
-          accumulate(row, visible, buffers.maximum[r], buffers.sum[r]);
-          continue;
-        }
-        exponentiate(row, visible, buffers.maximum[r]);
-        const float inverse = 1.0F / buffers.sum[r];
-        float* columns = out.columns.data() + begin;
-        for (std::int64_t j = 0; j < visible; ++j) {
-          row[j] *= inverse;
-          columns[j] += row[j];
-        }
-        if (want_offsets) {
-          float* diagonals = buffers.diagonals.data() + begin - r + rows - 1;
-          for (std::int64_t j = 0; j < visible; ++j) diagonals[j] += row[j];
-        }
-      }
-    }
-  }
+  const auto visible = [&](std::int64_t r) { return geometry.keys_visible_from(first_position + r); };
+  visit_probabilities(problem, inputs, sequence, q_head, first, rows, keys, visible, {}, buffers,
+                      [&](std::int64_t begin, std::int64_t r, const float* row, std::int64_t count) {
+                        float* columns = out.columns.data() + begin;
+                        for (std::int64_t j = 0; j < count; ++j) columns[j] += row[j];
+                        if (!want_offsets) return;
+                        float* diagonals = buffers.diagonals.data() + begin - r + rows - 1;
+                        for (std::int64_t j = 0; j < count; ++j) diagonals[j] += row[j];
+                      });
   // Distance o = p_r - j = first_position + r - j.
   for (std::int64_t o = 0; o < static_cast<std::int64_t>(out.offsets.size()); ++o) {
     const std::int64_t diagonal = first_position + rows - 1 - o;
     if (diagonal >= 0 && diagonal < keys + rows) out.offsets[o] = buffers.diagonals[diagonal];
+  }
+}
+
+void probe_columns(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence, std::int64_t q_head,
+                   std::span<const std::int64_t> visible, std::span<const float> lse, std::span<float> columns,
+                   ProbeBuffers& buffers) {
+  constexpr std::int64_t rows_at_once = 128;  // bounds the scores held
+  const std::int64_t count = std::ssize(visible);
+  for (std::int64_t first = 0; first < count; first += rows_at_once) {
+    const std::int64_t rows = std::min(rows_at_once, count - first);
+    const auto own = visible.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(rows));
+    const auto own_lse =
+        lse.empty() ? lse : lse.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(rows));
+    visit_probabilities(
+        problem, inputs, sequence, q_head, first, rows, *std::max_element(own.begin(), own.end()),
+        [&](std::int64_t r) { return own[static_cast<std::size_t>(r)]; }, own_lse, buffers,
+        [&](std::int64_t begin, std::int64_t, const float* row, std::int64_t seen) {
+          float* to = columns.data() + begin;
+          for (std::int64_t j = 0; j < seen; ++j) to[j] += row[j];
+        });
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "tessera/attention.h"
@@ -41,5 +42,12 @@ struct ProbeBuffers {
 void probe_rows(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence, std::int64_t q_head,
                 std::int64_t first, std::int64_t rows, bool want_offsets, LineScores& out, ProbeBuffers& buffers,
                 const ProbedKeys& seen = {});
+
+/// Adds the same sums of columns for queries [0, visible.size()) of inputs.q, of which number r sees the first
+/// visible[r] keys, whatever the problem says. `lse`: their natural log-sum-exps over those keys and perhaps others,
+/// which saves a pass; empty: over those keys. `columns` has one number per key.
+void probe_columns(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence, std::int64_t q_head,
+                   std::span<const std::int64_t> visible, std::span<const float> lse, std::span<float> columns,
+                   ProbeBuffers& buffers);
 
 }  // namespace tessera::score

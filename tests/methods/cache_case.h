@@ -84,6 +84,17 @@ class CacheCase {
     return o;
   }
 
+  /// Decodes the token after a prompt, takes it back and decodes it again, the same; the prompt itself stays. Returns
+  /// the output.
+  std::vector<float> expect_token_taken_back(LayerCache& cache, const Method& method, std::int64_t prompt) {
+    const auto first = run(cache, method, prompt, 1, false);
+    EXPECT_TRUE(cache.truncate(prompt));
+    EXPECT_EQ(run(cache, method, prompt, 1, false), first);
+    EXPECT_FALSE(cache.truncate(prompt - 1));
+    EXPECT_EQ(cache.tokens(), prompt + 1);
+    return first;
+  }
+
   /// softmax(scale * q.k) of a query over the keys where sees(j), in float64; 0 elsewhere.
   std::vector<double> probabilities(std::int64_t token, std::int64_t q_head,
                                     const std::function<bool(std::int64_t)>& sees) {

@@ -99,11 +99,7 @@ TEST(Mustafar, TakesBackTokensThatAreStillWhole) {
   const auto cache = method->new_cache(input.layer_shape(), {});
   input.run(*cache, *method, 0, 300, true);
   cache->finish_prefill({});
-  const auto first = input.run(*cache, *method, 300, 1, false);
-  EXPECT_TRUE(cache->truncate(300));
-  EXPECT_EQ(input.run(*cache, *method, 300, 1, false), first);
-  EXPECT_FALSE(cache->truncate(10));
-  EXPECT_EQ(cache->tokens(), 301);
+  input.expect_token_taken_back(*cache, *method, 300);
 }
 
 TEST(Mustafar, RefusesBadParameters) {

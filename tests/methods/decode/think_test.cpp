@@ -141,11 +141,7 @@ TEST(ThinK, TakesBackTokensAfterThePrompt) {
   const auto cache = method->new_cache(input.layer_shape(), {});
   input.run(*cache, *method, 0, 100, true);
   cache->finish_prefill({});
-  const auto first = input.run(*cache, *method, 100, 1, false);
-  EXPECT_TRUE(cache->truncate(100));
-  EXPECT_EQ(input.run(*cache, *method, 100, 1, false), first);
-  EXPECT_FALSE(cache->truncate(99));
-  EXPECT_EQ(cache->tokens(), 101);
+  input.expect_token_taken_back(*cache, *method, 100);
 }
 
 TEST(ThinK, RefusesBadParameters) {
