@@ -87,7 +87,7 @@ class CacheCase {
   /// Decodes the token after a prompt, takes it back and decodes it again, the same; the prompt itself stays. Returns
   /// the output.
   std::vector<float> expect_token_taken_back(LayerCache& cache, const Method& method, std::int64_t prompt) {
-    const auto first = run(cache, method, prompt, 1, false);
+    std::vector<float> first = run(cache, method, prompt, 1, false);
     EXPECT_TRUE(cache.truncate(prompt));
     EXPECT_EQ(run(cache, method, prompt, 1, false), first);
     EXPECT_FALSE(cache.truncate(prompt - 1));
