@@ -93,6 +93,14 @@ struct AttentionOutputs {
   /// (scaled, after all modifiers, natural units). Pairs that the plan leaves out or masks are left as they are.
   /// Written by the split-key and the reference kernel; data null = not wanted.
   MutableTensorView scores = {};
+  /// By-product, as many as lse: the largest score of each row (scaled, after all modifiers, natural units, without the
+  /// sink logit; NaN scores do not count), so that exp(lse - row_maximum) is the sum of its online softmax. -inf where
+  /// no key is computed. Softmax weights only. Written by the query-major and the reference kernel; empty = not wanted.
+  std::span<float> row_maximum = {};
+  /// By-product, f32 [B, Hq, query tiles, key tiles] of a uniform batch: the largest probability exp(score - lse) among
+  /// the computed pairs of source 0 in a query tile of the plan x a key tile of Plan::tile_k; 0 where none is computed.
+  /// Softmax weights and plans without query order only; same kernels; data null = not wanted.
+  MutableTensorView tile_maximum = {};
 };
 
 /// Instruction sets with their own build of the kernel text.
@@ -125,12 +133,27 @@ class Workspace {
   std::unique_ptr<Memory> memory_;
 };
 
+/// Skips exponentials and P V of key tiles whose scores turn out too low, while the plan runs (SpargeAttn,
+/// arXiv:2502.18137). Rows of a query tile are taken `rows` at a time; a key tile is left out for such a group, from
+/// numerator and denominator, when none of its rows has a score there above its maximum over the tiles before minus
+/// `distance`. Tiles under a mask and the tile of the sequence's last key are never left out, nor are NaN scores. The
+/// result depends on the order of the plan's entries and on `rows`.
+struct OnlineSkip {
+  float distance = 0;     ///< lambda, in powers of 2 (scores times log2 e); 0 = off
+  std::int64_t rows = 0;  ///< a power of 2, at most 128
+
+  bool used() const { return distance > 0; }
+};
+
 struct RunOptions {
   KernelKind kernel = KernelKind::automatic;
   std::optional<Isa> isa;                               ///< absent: default_isa()
   int threads = 0;                                      ///< 0: OpenMP's default
   std::size_t workspace_bytes = std::size_t{48} << 20;  ///< bound on packed keys and values held at once
   Workspace* workspace = nullptr;                       ///< memory to use again; null: allocated and freed by the call
+  /// Needs softmax weights and a plan of whole key tiles in natural order, 16 to 128 keys high by powers of 2. Run by
+  /// the query-major and the reference kernel.
+  OnlineSkip online_skip = {};
 };
 
 /// What happened, for reports.
@@ -142,6 +165,7 @@ struct RunReport {
   double plan_ms = 0;               ///< wall time of choosing the plan; filled by Method::attend
   double kernel_ms = 0;             ///< wall time of running it; filled by run()
   double flops = 0;                 ///< arithmetic of a method without plan; 0: it follows from the plan
+  std::int64_t skipped_pairs = 0;   ///< planned pairs that the online skip left out
 };
 
 /// Runs a plan. Throws Error when the tensors do not fit the plan's problem. Results do not depend on the number of

@@ -13,7 +13,12 @@ struct Call {
   int threads;
   std::size_t workspace_bytes;
   Workspace* workspace = nullptr;
+  OnlineSkip online_skip = {};
 
+  /// Whether somebody needs the true maximum of every row, which the softmax itself does not keep.
+  bool follows_maxima() const {
+    return !outputs.row_maximum.empty() || outputs.tile_maximum.data != nullptr || online_skip.used();
+  }
   const Problem& problem() const { return plan.problem; }
   /// Offset of (sequence, head, query) in outputs.lse: [B, Hq, Nq], or [Hq, total queries] in variable-length batches.
   std::int64_t lse_index(std::int64_t sequence, std::int64_t q_head, std::int64_t query) const {
@@ -38,8 +43,9 @@ struct Call {
 /// Throws Error unless the derived key sources fit the plan.
 void check_key_sources(const Plan& plan, const AttentionInputs& inputs);
 
-/// Naive float64 evaluation of everything a plan can say: the oracle of every test.
-void run_reference(const Call& call);
+/// Naive float64 evaluation of everything a plan can say: the oracle of every test. Returns the pairs that the online
+/// skip left out.
+std::int64_t run_reference(const Call& call);
 
 /// Sets output 0 and LSE -inf on rows that no query tile covers (query subsets).
 void clear_uncovered_rows(const Call& call);

@@ -27,6 +27,8 @@ void check_outputs(const Problem& problem, const AttentionOutputs& outputs) {
   const auto rows = static_cast<std::size_t>(batch * problem.q_heads * problem.q_len);
   require(outputs.lse.empty() || outputs.lse.size() == rows, "lse has {} elements; expected {}", outputs.lse.size(),
           rows);
+  require(outputs.row_maximum.empty() || outputs.row_maximum.size() == rows, "row_maximum has {} elements; expected {}",
+          outputs.row_maximum.size(), rows);
   const MutableTensorView& scores = outputs.scores;
   if (scores.data == nullptr) return;
   const std::array<std::int64_t, 4> pairs{problem.batch, problem.q_heads, problem.q_len, problem.kv_len};
@@ -34,6 +36,34 @@ void check_outputs(const Problem& problem, const AttentionOutputs& outputs) {
   require(scores.dtype == DType::f32 && scores.shape == pairs && scores.strides[3] == 1,
           "scores is {} [{}] with stride {} on its last axis; expected f32 [{}] and 1", name_of(scores.dtype),
           fmt::join(scores.shape, ", "), scores.strides[3], fmt::join(pairs, ", "));
+}
+
+/// What the query-major kernel and the reference offer beside the output.
+void check_maxima(const kernels::Call& call) {
+  const Plan& plan = call.plan;
+  const Problem& problem = plan.problem;
+  require(!call.follows_maxima() || call.inputs.modifiers.weights == RowWeights::softmax,
+          "row_maximum, tile_maximum and online_skip go with softmax weights only; got {}",
+          name_of(call.inputs.modifiers.weights));
+  if (const MutableTensorView& tiles = call.outputs.tile_maximum; tiles.data != nullptr) {
+    const std::array<std::int64_t, 4> expected{problem.batch, problem.q_heads,
+                                               (problem.q_len + plan.tile_q - 1) / plan.tile_q,
+                                               (problem.kv_len + plan.tile_k - 1) / plan.tile_k};
+    require(!problem.variable_length() && plan.query_order.empty(),
+            "tile_maximum needs a uniform batch and a plan without query order");
+    require(tiles.dtype == DType::f32 && tiles.shape == expected && tiles.strides[3] == 1,
+            "tile_maximum is {} [{}] with stride {} on its last axis; expected f32 [{}] and 1", name_of(tiles.dtype),
+            fmt::join(tiles.shape, ", "), tiles.strides[3], fmt::join(expected, ", "));
+  }
+  const OnlineSkip& skip = call.online_skip;
+  require(skip.distance >= 0, "online_skip.distance is {}; expected 0 (off) or a positive number", skip.distance);
+  if (!skip.used()) return;
+  require(skip.rows > 0 && kernels::kTileRows % skip.rows == 0,
+          "online_skip.rows is {}; expected a power of 2 up to {}", skip.rows, kernels::kTileRows);
+  require(
+      kernels::can_run_key_major(plan) && plan.tile_k >= kernels::kGroupKeys && kernels::kBlockKeys % plan.tile_k == 0,
+      "online_skip needs a plan of whole key tiles in natural order, of 16, 32, 64 or 128 keys; tile_k is {}",
+      plan.tile_k);
 }
 
 /// Few query rows in all: split the keys. Few rows per key tile: walk the keys. Else walk the queries.
@@ -90,29 +120,37 @@ RunReport run(const Plan& plan, const AttentionInputs& inputs, const AttentionOu
 
   const auto start = std::chrono::steady_clock::now();
   const int threads = thread_count(options.threads);
-  const kernels::Call call{plan, inputs, outputs, threads, options.workspace_bytes, options.workspace};
+  const kernels::Call call{
+      plan, inputs, outputs, threads, options.workspace_bytes, options.workspace, options.online_skip};
+  check_maxima(call);
   kernels::clear_uncovered_rows(call);
 
   RunReport report;
   report.kernel = options.kernel;
   if (report.kernel == KernelKind::automatic) {
-    report.kernel = outputs.scores.data != nullptr ? KernelKind::split_key : choose_kernel(plan);
+    report.kernel = outputs.scores.data != nullptr ? KernelKind::split_key
+                    : call.follows_maxima()        ? KernelKind::query_major
+                                                   : choose_kernel(plan);
   }
   require(outputs.scores.data == nullptr || report.kernel == KernelKind::split_key ||
               report.kernel == KernelKind::reference,
           "scores are not a by-product of the {} kernel; expected split-key, reference or automatic",
           name_of(report.kernel));
+  require(!call.follows_maxima() || report.kernel == KernelKind::query_major || report.kernel == KernelKind::reference,
+          "row_maximum, tile_maximum and online_skip are no business of the {} kernel; expected query-major, reference "
+          "or automatic",
+          name_of(report.kernel));
   report.isa = options.isa.value_or(default_isa());
   report.threads = call.threads;
   if (report.kernel == KernelKind::reference) {
-    kernels::run_reference(call);
+    report.skipped_pairs = kernels::run_reference(call);
   } else if (report.kernel == KernelKind::split_key) {
     report.workspace_bytes = kernels::run_split_key(call, kernels::level_of(report.isa));
   } else if (report.kernel == KernelKind::key_major) {
     require(kernels::can_run_key_major(plan), "the key-major kernel runs plans of whole key tiles in natural order");
     report.workspace_bytes = kernels::run_key_major(call, kernels::level_of(report.isa));
   } else {
-    report.workspace_bytes = kernels::run_query_major(call, kernels::level_of(report.isa));
+    report.workspace_bytes = kernels::run_query_major(call, kernels::level_of(report.isa), &report.skipped_pairs);
   }
   report.kernel_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   return report;

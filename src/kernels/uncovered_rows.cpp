@@ -27,9 +27,9 @@ void clear_uncovered_rows(const Call& call) {
       for (std::int64_t query = 0; query < problem.q_len_of(sequence); ++query) {
         std::byte* o = call.query_row(call.outputs.o, sequence, head, query);
         std::fill_n(o, static_cast<std::size_t>(problem.value_dim) * size_of(call.outputs.o.dtype), std::byte{0});
-        if (!call.outputs.lse.empty()) {
-          call.outputs.lse[static_cast<std::size_t>(call.lse_index(sequence, head, query))] =
-              -std::numeric_limits<float>::infinity();
+        const auto index = static_cast<std::size_t>(call.lse_index(sequence, head, query));
+        for (const std::span<float> values : {call.outputs.lse, call.outputs.row_maximum}) {
+          if (!values.empty()) values[index] = -std::numeric_limits<float>::infinity();
         }
       }
     }

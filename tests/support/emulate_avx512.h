@@ -141,6 +141,8 @@ inline simde__m128i emulated_low_bytes(simde__m512i x) {
 #define _mm512_cvtne2ps_pbh(upper, lower) emulated_to_bf16(upper, lower)
 #define _mm512_reduce_ps(x, rounding) emulated_fraction(x)
 #define _mm512_scalef_ps(x, exponent) emulated_scale(x, exponent)
+#undef _mm512_madd_epi16  // SIMDe gives this name to another intrinsic
+#define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
 #undef _mm512_maskz_expand_ps
 #define _mm512_maskz_expand_ps(mask, x) emulated_expand(mask, x)
 #define _mm512_reduce_add_ps(x) emulated_reduce(x, false)

@@ -142,17 +142,19 @@ inline void block_scores(const TileShape& shape, TileScratch& scratch, std::int6
   }
 }
 
-/// Output product of rows [begin, end) over the groups that reach any of them.
+/// Output product of rows [begin, end) over the groups that reach any of them and that not all of them skip.
 template <class Product>
 inline void block_output(const TileShape& shape, TileScratch& scratch, std::int64_t begin, std::int64_t end,
-                         SoftmaxStream<Product>& shadow) {
+                         bool may_skip, SoftmaxStream<Product>& shadow) {
   const std::int64_t slabs = shape.value_columns / 16;
   for (std::int64_t slab = 0; slab < slabs; slab += kRegisterPanels) {
     const std::int64_t panels = std::min<std::int64_t>(kRegisterPanels, slabs - slab);
     ValueGroups groups;
     for (std::int64_t first = begin, count = 0; first < end; first += count) {
       count = register_rows(end - first);
-      if (first == begin || scratch.any_masked) {
+      if (first == begin || scratch.any_masked || may_skip) {
+        std::uint32_t skipped = may_skip ? ~0U : 0U;
+        for (std::int64_t r = first; r < first + count && skipped != 0; ++r) skipped &= scratch.skipped_groups[r];
         groups.count = 0;
         for (std::int32_t g = 0; g < scratch.group_count; ++g) {
           const KeyGroup& group = scratch.groups[g];
@@ -160,7 +162,7 @@ inline void block_output(const TileShape& shape, TileScratch& scratch, std::int6
           for (std::int64_t r = first; r < first + count && !reached; ++r) {
             reached = group_reaches(group, scratch.position[r], scratch.position[r]);
           }
-          if (!reached || group.slow_value) continue;
+          if (!reached || group.slow_value || (skipped >> g & 1U) != 0) continue;
           groups.panels[groups.count] = group.v;
           groups.column[groups.count] = static_cast<std::int32_t>(g * kGroupKeys);
           ++groups.count;
@@ -177,6 +179,101 @@ inline void block_output(const TileShape& shape, TileScratch& scratch, std::int6
   }
 }
 
+/// Largest score of every group of rows [begin, end), NaN left out.
+inline void find_group_peaks(TileScratch& scratch, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t row = begin; row < end; ++row) {
+    const float* scores = scratch.scores + row * kBlockKeys;
+    for (std::int32_t g = 0; g < scratch.group_count; ++g) {
+      Vec highest = set1(kMinusInfinity);
+      for (int lane = 0; lane < kGroupKeys; lane += kLanes) {
+        highest = at_least(load(scores + g * kGroupKeys + lane), highest);
+      }
+      scratch.group_peak[row * kBlockGroups + g] = reduce_max(highest);
+    }
+  }
+}
+
+/// Whether the scores of groups [first, last) of a row hold a NaN.
+inline bool has_undefined(const TileScratch& scratch, std::int64_t row, std::int32_t first, std::int32_t last) {
+  Vec sum = zero();  // 0 * x is NaN for NaN, and for infinity, which is no low score either
+  for (std::int64_t c = first * kGroupKeys; c < last * kGroupKeys; c += kLanes) {
+    sum = fma(at_least(set1(std::numeric_limits<float>::lowest()), load(scratch.scores + row * kBlockKeys + c)), zero(),
+              sum);
+  }
+  return std::isnan(reduce_add(sum));
+}
+
+/// Online skip of one row group [begin, end): key tiles whose scores are all too low for it get -inf.
+inline void skip_low_tiles(const Call& call, const ScoreRule& rule, const TileJob& job, TileScratch& scratch,
+                           std::int64_t begin, std::int64_t end) {
+  const std::int64_t tile_k = call.plan.tile_k;
+  const std::int64_t last_tile = (call.problem().kv_len_of(job.sequence) - 1) / tile_k;
+  const float distance = call.online_skip.distance / rule.to_log2;
+  for (std::int32_t first = 0, last = 0; first < scratch.group_count; first = last) {
+    const std::int64_t tile = scratch.groups[first].first_key / tile_k;
+    bool skip = tile != last_tile;
+    for (last = first; last < scratch.group_count && scratch.groups[last].first_key / tile_k == tile; ++last) {
+      const KeyGroup& group = scratch.groups[last];
+      skip = skip && group.left == INT32_MAX && group.right == INT32_MAX;  // no mask
+    }
+    for (std::int64_t row = begin; row < end && skip; ++row) {
+      float peak = kMinusInfinity;
+      for (std::int32_t g = first; g < last; ++g) peak = std::max(peak, scratch.group_peak[row * kBlockGroups + g]);
+      const bool low = peak == kMinusInfinity || peak - scratch.row_peak[row] <= -distance;
+      skip = low && !has_undefined(scratch, row, first, last);
+    }
+    for (std::int64_t row = begin; row < end; ++row) {
+      for (std::int32_t g = first; g < last; ++g) {
+        if (!skip) {
+          scratch.row_peak[row] = std::max(scratch.row_peak[row], scratch.group_peak[row * kBlockGroups + g]);
+          continue;
+        }
+        float* scores = scratch.scores + row * kBlockKeys + g * kGroupKeys;
+        for (int lane = 0; lane < kGroupKeys; lane += kLanes) store(scores + lane, set1(kMinusInfinity));
+        scratch.group_peak[row * kBlockGroups + g] = kMinusInfinity;
+        scratch.skipped_groups[row] |= 1U << g;
+      }
+    }
+    if (skip) scratch.skipped_pairs += (end - begin) * (last - first) * kGroupKeys;
+  }
+}
+
+/// Raises the largest scores per key tile of a row.
+inline void note_tile_peaks(const Call& call, TileScratch& scratch, std::int64_t row) {
+  const std::int64_t tile_k = call.plan.tile_k;
+  float* peaks = scratch.tile_peak + row * scratch.tile_peak_count;
+  for (std::int32_t g = 0; g < scratch.group_count; ++g) {
+    if (scratch.key_source[g] != nullptr) continue;
+    const KeyGroup& group = scratch.groups[g];
+    const std::int64_t tile = group.first_key / tile_k;
+    if (group.last_key / tile_k == tile) {
+      peaks[tile] = std::max(peaks[tile], scratch.group_peak[row * kBlockGroups + g]);
+      continue;
+    }
+    for (int lane = 0; lane < kGroupKeys; ++lane) {
+      if ((group.lanes >> lane & 1U) == 0) continue;
+      float& peak = peaks[scratch.keys[g * kGroupKeys + lane] / tile_k];
+      peak = std::max(peak, scratch.scores[row * kBlockKeys + g * kGroupKeys + lane]);
+    }
+  }
+}
+
+/// Maxima of rows [begin, end) of a block whose scores are ready, for by-products and the online skip.
+inline void follow_maxima(const Call& call, const ScoreRule& rule, const TileJob& job, TileScratch& scratch,
+                          std::int64_t begin, std::int64_t end) {
+  find_group_peaks(scratch, begin, end);
+  if (call.online_skip.used()) {
+    std::fill(scratch.skipped_groups + begin, scratch.skipped_groups + end, 0U);
+    if (begin < end) skip_low_tiles(call, rule, job, scratch, begin, end);
+  }
+  for (std::int64_t row = begin; row < end; ++row) {
+    for (std::int32_t g = 0; g < scratch.group_count; ++g) {
+      scratch.row_peak[row] = std::max(scratch.row_peak[row], scratch.group_peak[row * kBlockGroups + g]);
+    }
+    if (scratch.tile_peak != nullptr) note_tile_peaks(call, scratch, row);
+  }
+}
+
 /// What comes between the scores of rows [begin, end) and their exponentials: modifiers, masks, maxima. Weights that
 /// are no softmax are made here too.
 template <class Product>
@@ -189,7 +286,10 @@ inline void prepare_weights(const Call& call, const TileShape& shape, const Scor
         if (scratch.groups[g].masked) mask_group(scratch, scratch.groups[g], g, row);
       }
     }
-    const std::int64_t columns = scratch.group_count * kGroupKeys;
+  }
+  if (call.follows_maxima()) follow_maxima(call, rule, job, scratch, begin, end);
+  const std::int64_t columns = scratch.group_count * kGroupKeys;
+  for (std::int64_t row = begin; row < end; ++row) {
     if (rule.weights == RowWeights::softmax) {
       ready_row(rule, shape, scratch, row, columns);
     } else {
@@ -233,14 +333,17 @@ void process_block(const Call& call, const TileShape& shape, const ScoreRule& ru
   bool slow = false;
   for (std::int32_t g = 0; g < scratch.group_count; ++g) slow = slow || scratch.groups[g].slow_value;
   const std::int64_t columns = scratch.group_count * kGroupKeys;
-  for (std::int64_t stage = 0; stage < rows + 2 * kStageRows; stage += kStageRows) {
-    const auto row_of = [&](std::int64_t lag) { return std::clamp<std::int64_t>(stage - lag * kStageRows, 0, rows); };
-    if (stage < rows) fetch_ahead(shape, scratch, stage / kStageRows, (rows + kStageRows - 1) / kStageRows);
+  // The online skip judges a whole row group at once.
+  const bool may_skip = call.online_skip.used();
+  const std::int64_t stage_rows = may_skip ? call.online_skip.rows : kStageRows;
+  for (std::int64_t stage = 0; stage < rows + 2 * stage_rows; stage += stage_rows) {
+    const auto row_of = [&](std::int64_t lag) { return std::clamp<std::int64_t>(stage - lag * stage_rows, 0, rows); };
+    if (stage < rows) fetch_ahead(shape, scratch, stage / stage_rows, (rows + stage_rows - 1) / stage_rows);
     prepare_weights<Product>(call, shape, rule, job, scratch, row_of(1), row_of(0));
     const std::int64_t last = rule.weights == RowWeights::softmax ? row_of(0) : row_of(1);
     SoftmaxStream<Product> shadow(rule, shape, scratch, row_of(1), last, columns);
     block_scores<Product>(shape, scratch, row_of(0), row_of(-1), shadow);
-    block_output<Product>(shape, scratch, row_of(2), row_of(1), shadow);
+    block_output<Product>(shape, scratch, row_of(2), row_of(1), may_skip, shadow);
     shadow.finish();
   }
   if (slow) add_slow_values<Product>(shape, sources, scratch, rows);

@@ -10,8 +10,9 @@ namespace tessera::kernels {
 /// Kernel table of an instruction set (which this machine must be able to run).
 const LevelKernels& level_of(Isa isa);
 
-/// Each returns the bytes of packed panels and scratch it held at most.
-std::size_t run_query_major(const Call& call, const LevelKernels& level);
+/// Each returns the bytes of packed panels and scratch it held at most. `skipped_pairs`, if not null, receives what the
+/// online skip left out.
+std::size_t run_query_major(const Call& call, const LevelKernels& level, std::int64_t* skipped_pairs = nullptr);
 std::size_t run_key_major(const Call& call, const LevelKernels& level);
 std::size_t run_split_key(const Call& call, const LevelKernels& level);
 

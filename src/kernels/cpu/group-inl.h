@@ -56,6 +56,8 @@ class GroupCollector {
     if (!orders.empty() && !orders[static_cast<std::size_t>(block)].empty()) {
       key_order_ = orders[static_cast<std::size_t>(block)].data();
     }
+    // The online skip judges whole key tiles: none may lie in two blocks.
+    if (call.online_skip.used()) whole_groups_ = static_cast<std::int32_t>(call.plan.tile_k / kGroupKeys);
     clear();
   }
 
@@ -104,6 +106,12 @@ class GroupCollector {
     scratch_.group_count = 0;
     scratch_.any_masked = false;
     scratch_.next_count = 0;
+  }
+
+  /// Before a group at `key`: makes room for the rest of its key tile where that must not be cut.
+  void keep_tile_whole(std::int64_t key) {
+    if (whole_groups_ == 0 || key % (whole_groups_ * kGroupKeys) != 0) return;
+    if (scratch_.group_count + whole_groups_ > kBlockGroups) finish();
   }
 
   /// Notes the panels of the next block's groups: the rest of this packed run, then the runs of the entries after it.
@@ -165,6 +173,7 @@ class GroupCollector {
     const std::int64_t start = begin + first;
     const std::int64_t end = start + count;
     for (std::int64_t base = start / kGroupKeys * kGroupKeys; base < end; base += kGroupKeys) {
+      keep_tile_whole(base);
       const std::int64_t from = std::max(start, base) - base;
       const std::int64_t to = std::min(end, base + kGroupKeys) - base;
       const std::uint32_t lanes = (0xffffU >> (kGroupKeys - to)) & (0xffffU << from);
@@ -195,6 +204,7 @@ class GroupCollector {
     for (std::int64_t i = first; i < first + count; i += kGroupKeys) {
       const std::int64_t present = std::min(kGroupKeys, first + count - i);
       const auto key = static_cast<std::int32_t>(begin + i);
+      keep_tile_whole(key);
       KeyGroup* group =
           open_group(key, static_cast<std::int32_t>(key + present - 1), 0xffffU >> (kGroupKeys - present), i);
       if (group == nullptr) continue;
@@ -263,6 +273,7 @@ class GroupCollector {
   const std::int32_t* key_order_ = nullptr;
   std::int32_t lowest_ = INT32_MIN;
   std::int32_t highest_ = INT32_MAX;
+  std::int32_t whole_groups_ = 0;  ///< groups of a key tile that must stay in one block; 0: any
 
   // Entries after the one being added, where the caller gave a whole row.
   const PlanEntry* following_ = nullptr;

@@ -28,6 +28,8 @@
 //
 #include "kernels/cpu/quantized-inl.h"
 //
+#include "kernels/cpu/low_bit-inl.h"
+//
 #include "kernels/cpu/peak-inl.h"
 
 constexpr LevelKernels level_table(const BackwardKernels& (*backward)()) {
@@ -43,6 +45,7 @@ constexpr LevelKernels level_table(const BackwardKernels& (*backward)()) {
   table.find_nonfinite = find_nonfinite;
   table.attend_bitmap = attend_bitmap;
   table.attend_quantized = attend_quantized;
+  table.low_bit_excess = low_bit_excess;
   table.product_loop = product_loop;
   table.read_loop = read_loop;
   table.backward = backward;

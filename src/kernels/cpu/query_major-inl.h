@@ -24,9 +24,9 @@ inline void stage_query(const TileShape& shape, const ScoreRule& rule, const std
   for (std::int64_t d = 0; d < shape.head_dim; ++d) half[d] = float_to_bf16(bf16_to_float(half[d]) * rule.query_factor);
 }
 
-/// Writes a finished row: output / sum and log-sum-exp, with the sink logit in the denominator.
-inline void finish_row(const Call& call, const TileShape& shape, const ScoreRule& rule, std::int64_t sequence,
-                       std::int64_t head, std::int64_t query, float maximum, float sum, float* output) {
+/// Writes a finished row: output / sum and log-sum-exp, with the sink logit in the denominator. Returns the latter.
+inline float finish_row(const Call& call, const TileShape& shape, const ScoreRule& rule, std::int64_t sequence,
+                        std::int64_t head, std::int64_t query, float maximum, float sum, float* output) {
   constexpr float ln2 = 0.69314718056F;
   const AttentionOutputs& outputs = call.outputs;
   std::byte* row = call.query_row(outputs.o, sequence, head, query);
@@ -56,6 +56,7 @@ inline void finish_row(const Call& call, const TileShape& shape, const ScoreRule
     }
   }
   for (std::int64_t c = whole; c < shape.value_dim; ++c) store_from_float(row, outputs.o.dtype, c, output[c] * inverse);
+  return lse;
 }
 
 /// Sets the per-row fields of the scratch and stages the queries of rows [first, first + rows) of a job.
@@ -91,20 +92,51 @@ inline void stage_rows(const Call& call, const TileShape& shape, const ScoreRule
   std::memset(scratch.output, 0, static_cast<std::size_t>(rows * shape.value_columns) * sizeof(float));
 }
 
+/// Writes the by-products of a finished row: its largest score, and the largest probabilities of its query tile.
+inline void finish_maxima(const Call& call, const ScoreRule& rule, const TileJob& job, const TileScratch& scratch,
+                          std::int64_t row, float lse) {
+  const AttentionOutputs& outputs = call.outputs;
+  const float to_natural = rule.to_log2 * std::numbers::ln2_v<float>;
+  if (!outputs.row_maximum.empty()) {
+    outputs.row_maximum.data()[call.lse_index(job.sequence, scratch.head[row], scratch.query[row])] =
+        scratch.row_peak[row] * to_natural;
+  }
+  if (scratch.tile_peak == nullptr) return;
+  const std::int64_t tile = job.first_place / call.plan.tile_q;
+  auto* out = reinterpret_cast<float*>(outputs.tile_maximum.row(job.sequence, scratch.head[row], tile));
+  const float* peaks = scratch.tile_peak + row * scratch.tile_peak_count;
+  for (std::int64_t t = 0; t < scratch.tile_peak_count; ++t) {
+    if (peaks[t] == kMinusInfinity) continue;
+    const float p = std::exp(peaks[t] * to_natural - lse);
+    if (!(p <= out[t])) out[t] = std::isnan(out[t]) ? out[t] : p;
+  }
+}
+
 void attend_tile(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
                  const PackedSource* sources, TileScratch& scratch) {
   with_product(shape, [&](auto product) {
+    for (std::int64_t head = job.first_head; scratch.tile_peak != nullptr && head < job.first_head + job.heads;
+         ++head) {
+      auto* tiles = reinterpret_cast<float*>(
+          call.outputs.tile_maximum.row(job.sequence, head, job.first_place / call.plan.tile_q));
+      std::fill_n(tiles, scratch.tile_peak_count, 0.0F);
+    }
     for (std::int64_t first = 0; first < job.rows(); first += kTileRows) {
       const std::int64_t rows = std::min(kTileRows, job.rows() - first);
       stage_rows(call, shape, rule, job, first, rows, scratch);
+      std::fill_n(scratch.row_peak, rows, kMinusInfinity);
+      if (scratch.tile_peak != nullptr) {
+        std::fill_n(scratch.tile_peak, rows * scratch.tile_peak_count, kMinusInfinity);
+      }
       const auto flush = [&] { process_block<decltype(product)>(call, shape, rule, job, sources, scratch, rows); };
       GroupCollector<decltype(flush)> groups(call, shape, job.block, sources, scratch, flush);
       groups.set_positions(*std::min_element(scratch.position, scratch.position + rows),
                            *std::max_element(scratch.position, scratch.position + rows));
       groups.add_row(call.plan.entry_begin.data()[job.plan_row], call.plan.entry_begin.data()[job.plan_row + 1]);
       for (std::int64_t r = 0; r < rows; ++r) {
-        finish_row(call, shape, rule, job.sequence, scratch.head[r], scratch.query[r], scratch.maximum[r],
-                   scratch.sum[r], scratch.output_rows[r]);
+        const float lse = finish_row(call, shape, rule, job.sequence, scratch.head[r], scratch.query[r],
+                                     scratch.maximum[r], scratch.sum[r], scratch.output_rows[r]);
+        if (call.follows_maxima()) finish_maxima(call, rule, job, scratch, r, lse);
       }
     }
   });

@@ -19,7 +19,9 @@ void add_jobs(const Call& call, std::int64_t sequence, std::int64_t kv_head, std
   const Problem& problem = plan.problem;
   const std::int64_t first_head = kv_head * problem.group();
   const std::int64_t shared = heads_per_row(plan);
-  const std::int64_t heads_per_job = std::clamp(kTileRows / plan.tile_q, std::int64_t{1}, shared);
+  // Row groups of the online skip belong to one head.
+  const std::int64_t heads_per_job =
+      call.online_skip.used() ? 1 : std::clamp(kTileRows / plan.tile_q, std::int64_t{1}, shared);
   for (std::int64_t head = first_head; head < first_head + problem.group();) {
     const std::int64_t shared_end =
         std::min(first_head + problem.group(), head - (head - first_head) % shared + shared);
@@ -66,11 +68,19 @@ bool operator==(const PackedSources::Wish& a, const PackedSources::Wish& b) {
 
 }  // namespace
 
-std::size_t run_query_major(const Call& call, const LevelKernels& level) {
+std::size_t run_query_major(const Call& call, const LevelKernels& level, std::int64_t* skipped_pairs) {
   const Problem& problem = call.problem();
   const TileShape shape = shape_of_call(call, level);
   const ScoreRule rule = score_rule_of(call, shape);
   ThreadScratch scratch(call, shape, true);
+  const MutableTensorView& tile_maximum = call.outputs.tile_maximum;
+  const std::int64_t key_tiles = tile_maximum.data == nullptr ? 0 : tile_maximum.shape[3];
+  std::vector<float> tile_peaks(static_cast<std::size_t>(call.threads * kTileRows * key_tiles));
+  for (int thread = 0; thread < call.threads; ++thread) {
+    TileScratch& own = scratch.of(thread);
+    own.tile_peak = tile_maximum.data == nullptr ? nullptr : tile_peaks.data() + thread * kTileRows * key_tiles;
+    own.tile_peak_count = key_tiles;
+  }
 
   std::size_t most_packed = 0;
   const std::int64_t pairs = problem.batch * problem.kv_heads;
@@ -106,7 +116,10 @@ std::size_t run_query_major(const Call& call, const LevelKernels& level) {
       level.attend_tile(call, shape, rule, jobs[job], packed.of(job_pair[job]), scratch.of(thread));
     });
   }
-  return most_packed + scratch.bytes();
+  for (int thread = 0; thread < call.threads && skipped_pairs != nullptr; ++thread) {
+    *skipped_pairs += scratch.of(thread).skipped_pairs;
+  }
+  return most_packed + scratch.bytes() + tile_peaks.size() * sizeof(float);
 }
 
 }  // namespace tessera::kernels

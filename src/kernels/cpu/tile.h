@@ -108,6 +108,14 @@ struct TileScratch {
   const PackedSource* key_source[kBlockGroups];
   bool any_masked;
 
+  // By-products and online skip, where the call follows maxima.
+  float row_peak[kTileRows];                   ///< largest score so far, in the units of `scores`
+  float group_peak[kTileRows * kBlockGroups];  ///< [rows][groups] of the current block
+  std::uint32_t skipped_groups[kTileRows];     ///< bit g: the row leaves group g of the current block out
+  float* tile_peak;                            ///< [rows][tile_peak_count] per key tile; null: not wanted
+  std::int64_t tile_peak_count;
+  std::int64_t skipped_pairs;
+
   // Packed panels that the next block will read, where they are known: fetched while this one is computed.
   const std::uint32_t* next_k[kBlockGroups];
   const std::uint32_t* next_v[kBlockGroups];
@@ -163,6 +171,25 @@ struct SplitPiece {
   std::int64_t keys = 0;
 };
 
+/// Query rows quantised to 4 bits, as the estimate reads them.
+struct LowBitQueries {
+  std::int64_t rows;
+  std::int64_t words;          ///< 4 channels each
+  const std::int8_t* numbers;  ///< [rows][words][4] in -7..7
+  const float* scale;          ///< [rows]
+  const std::int32_t* sum;     ///< [rows] sum of the numbers
+  const float* cut;            ///< [rows]
+};
+
+/// Keys quantised to 4 bits. The estimate of a pair is scale of the row * scale of the key * product + offset.
+struct LowBitKeys {
+  const std::uint8_t* panels;  ///< [groups][words][16 keys][4], numbers plus kLowBitOffset
+  const float* scale;          ///< [groups * 16]
+  const float* offset;         ///< [groups * 16]; -inf for keys past the end
+};
+/// What makes signed 4-bit numbers unsigned, for products of unsigned with signed bytes.
+constexpr std::int32_t kLowBitOffset = 8;
+
 struct BackwardKernels;
 
 /// Entry points of one instruction set. Every function is one block of work on one thread.
@@ -196,6 +223,9 @@ struct LevelKernels {
   void (*attend_quantized)(const QuantizedProblem& problem, const QuantizedTiles& keys, const QuantizedTiles& values,
                            std::int64_t first, std::int64_t last, const float* queries, float* maximum, float* sum,
                            float* output, std::byte* scratch);
+  /// excess[g] = max over the rows and the keys of group first_group + g of the estimated score above the row's cut.
+  void (*low_bit_excess)(const LowBitQueries& queries, const LowBitKeys& keys, std::int64_t first_group,
+                         std::int64_t groups, float* excess);
   /// Register-only product loop of `iterations` rounds; returns floating-point operations done, `sink` keeps it alive.
   double (*product_loop)(std::int64_t iterations, bool pairs, float* sink);
   /// Sum of a buffer, as fast as it can be read.

@@ -1,6 +1,9 @@
 // Attention by definition, in float64: every score of a row, a softmax over them, a weighted sum of the values.
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <numbers>
+#include <numeric>
 #include <vector>
 
 #include "core/parallel.h"
@@ -83,6 +86,7 @@ void for_each_pair(const Call& call, const ReferenceRow& row, const std::vector<
       const std::int64_t key =
           k_order && entry.source == 0 ? (*k_order)[static_cast<std::size_t>(key_place)] : key_place;
       if (!allowed(plan, entry, row.place % plan.tile_q, i, query_position, key, range.count)) continue;
+      if (row.skipped != nullptr && (*row.skipped)[static_cast<std::size_t>(key / plan.tile_k)] != 0) continue;
       body(pair_of(call, row, sources[entry.source], entry.source, q, key, query_position));
     }
   }
@@ -156,16 +160,74 @@ ReferenceOutput attend_row(const Call& call, const ReferenceRow& row, const std:
       output[d] = output[d] * factor + weight * load_as_float(v, values.dtype, static_cast<std::int64_t>(d));
     }
   });
+  const double maximum = state.maximum;
   if (!call.inputs.modifiers.sink_logits.empty() && state.sum != 0) {
     double weight = 0;
     const double factor = state.add(call.inputs.modifiers.sink_logits[static_cast<std::size_t>(row.q_head)], weight);
     for (double& x : output) x *= factor;
   }
   for (double& x : output) x = state.sum == 0 ? 0.0 : x / state.sum;
-  return {std::move(output), state.log_sum_exp()};
+  return {std::move(output), state.log_sum_exp(), maximum};
 }
 
-void run_reference(const Call& call) {
+namespace {
+
+/// Key tiles that the online skip leaves out for query places [first, end), entry by entry; adds to `skipped_pairs`.
+std::vector<std::uint8_t> skipped_tiles(const Call& call, const ReferenceRow& like, std::int64_t first,
+                                        std::int64_t end, const std::vector<ReferenceSource>& sources,
+                                        std::int64_t& skipped_pairs) {
+  const Plan& plan = call.plan;
+  const Problem& problem = call.problem();
+  const std::int64_t keys = problem.kv_len_of(like.sequence);
+  const double distance = call.online_skip.distance / std::numbers::log2e;
+  std::vector<std::uint8_t> skipped(static_cast<std::size_t>((keys + plan.tile_k - 1) / plan.tile_k), 0);
+  std::vector<double> peak(static_cast<std::size_t>(end - first), -std::numeric_limits<double>::infinity());
+  for (const PlanEntry& entry : plan.row(plan.row_begin[static_cast<std::size_t>(like.block)] + first / plan.tile_q)) {
+    for (std::int64_t tile = entry.begin; tile < entry.begin + entry.count; ++tile) {
+      const std::int64_t tile_end = std::min((tile + 1) * plan.tile_k, keys);
+      bool skip = entry.mask == EntryMask::none && tile_end < keys;
+      std::vector<double> own = peak;
+      for (std::int64_t place = first; place < end; ++place) {
+        const ReferenceRow row{like.sequence, like.q_head, like.block, place};
+        const std::int64_t query = query_of(call, row);
+        const std::byte* q = call.query_row(call.inputs.q, like.sequence, like.q_head, query);
+        const std::int64_t position = problem.q_offset_of(like.sequence) + query;
+        const auto r = static_cast<std::size_t>(place - first);
+        for (std::int64_t key = tile * plan.tile_k; key < tile_end; ++key) {
+          if (!allowed(plan, entry, place % plan.tile_q, key - entry.begin * plan.tile_k, position, key, 0)) continue;
+          const double score = pair_of(call, row, sources[0], 0, q, key, position).score;
+          if (score > own[r]) own[r] = score;
+          // Written so that NaN and a row without keys before this tile keep it.
+          if (!(score - peak[r] <= -distance) && score != -std::numeric_limits<double>::infinity()) skip = false;
+        }
+      }
+      if (skip) {
+        skipped[static_cast<std::size_t>(tile)] = 1;
+        skipped_pairs += (end - first) * (tile_end - tile * plan.tile_k);
+      } else {
+        peak = own;
+      }
+    }
+  }
+  return skipped;
+}
+
+/// Raises the largest probabilities of the row's query tile.
+void note_tile_maxima(const Call& call, const ReferenceRow& row, const std::vector<ReferenceSource>& sources,
+                      double lse) {
+  const std::int64_t tile = row.place / call.plan.tile_q;
+  auto* out = reinterpret_cast<float*>(call.outputs.tile_maximum.row(row.sequence, row.q_head, tile));
+  for_each_pair(call, row, sources, [&](const ReferencePair& pair) {
+    if (pair.source != 0) return;
+    const auto p = static_cast<float>(std::exp(pair.score - lse));
+    float& best = out[pair.key / call.plan.tile_k];
+    if (!(p <= best)) best = std::isnan(best) ? best : p;
+  });
+}
+
+}  // namespace
+
+std::int64_t run_reference(const Call& call) {
   const Plan& plan = call.plan;
   const Problem& problem = call.problem();
   struct TileOfRows {
@@ -182,12 +244,27 @@ void run_reference(const Call& call) {
       for (std::int64_t tile = tiles; tile-- > 0;) jobs.push_back({sequence, head, block, tile});
     }
   }
+  std::vector<std::int64_t> skipped_pairs(jobs.size(), 0);
   parallel_for(static_cast<std::int64_t>(jobs.size()), call.threads, [&](std::int64_t i, int) {
     const TileOfRows& job = jobs[static_cast<std::size_t>(i)];
     const auto sources = reference_sources(call, job.sequence, job.q_head / problem.group());
-    const std::int64_t end = std::min((job.tile + 1) * plan.tile_q, plan.queries_of(job.block));
-    for (std::int64_t place = job.tile * plan.tile_q; place < end; ++place) {
-      const ReferenceRow row{job.sequence, job.q_head, job.block, place};
+    const std::int64_t first = job.tile * plan.tile_q;
+    const std::int64_t end = std::min(first + plan.tile_q, plan.queries_of(job.block));
+    const bool tile_maxima = call.outputs.tile_maximum.data != nullptr;
+    if (tile_maxima) {
+      auto* out = reinterpret_cast<float*>(call.outputs.tile_maximum.row(job.sequence, job.q_head, job.tile));
+      std::fill_n(out, call.outputs.tile_maximum.shape[3], 0.0F);
+    }
+    std::vector<std::uint8_t> skipped;
+    for (std::int64_t place = first; place < end; ++place) {
+      ReferenceRow row{job.sequence, job.q_head, job.block, place};
+      if (call.online_skip.used()) {
+        if ((place - first) % call.online_skip.rows == 0) {
+          skipped = skipped_tiles(call, row, place, std::min(place + call.online_skip.rows, end), sources,
+                                  skipped_pairs[static_cast<std::size_t>(i)]);
+        }
+        row.skipped = &skipped;
+      }
       const ReferenceOutput result = attend_row(call, row, sources);
       const std::int64_t query = query_of(call, row);
       std::byte* o = call.query_row(call.outputs.o, job.sequence, job.q_head, query);
@@ -198,8 +275,14 @@ void run_reference(const Call& call) {
         call.outputs.lse[static_cast<std::size_t>(call.lse_index(job.sequence, job.q_head, query))] =
             static_cast<float>(result.lse);
       }
+      if (!call.outputs.row_maximum.empty()) {
+        call.outputs.row_maximum[static_cast<std::size_t>(call.lse_index(job.sequence, job.q_head, query))] =
+            static_cast<float>(result.maximum);
+      }
+      if (tile_maxima) note_tile_maxima(call, row, sources, result.lse);
     }
   });
+  return std::accumulate(skipped_pairs.begin(), skipped_pairs.end(), std::int64_t{0});
 }
 
 }  // namespace tessera::kernels

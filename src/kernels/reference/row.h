@@ -23,6 +23,7 @@ struct ReferenceRow {
   std::int64_t q_head;
   std::int64_t block;
   std::int64_t place;
+  const std::vector<std::uint8_t>* skipped = nullptr;  ///< per key tile: 1 where the online skip leaves it out
 };
 
 /// One pair that the plan computes.
@@ -37,6 +38,7 @@ struct ReferencePair {
 struct ReferenceOutput {
   std::vector<double> output;  ///< [value_dim]
   double lse;
+  double maximum;  ///< of the scores, -inf without keys
 };
 
 /// Weight of a score before the division by the row's sum, and its derivatives by the score and by the row's factor.
