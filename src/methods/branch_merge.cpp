@@ -2,41 +2,36 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "core/convert.h"
 #include "core/parallel.h"
 
 namespace tessera {
 
-namespace {
-
-constexpr std::int64_t kRowsPerItem = 32;
-
-}  // namespace
-
 void merge_branches(const Branch& a, const Branch& b, const AttentionOutputs& outputs, int threads) {
-  const std::int64_t rows = outputs.o.shape[2];
+  constexpr std::int64_t rows_at_once = 32;
+  constexpr float nothing = -std::numeric_limits<float>::infinity();
+  const std::int64_t heads = outputs.o.shape[1];
+  const std::int64_t queries = outputs.o.shape[2];
   const std::int64_t dim = outputs.o.shape[3];
-  const auto merge_row = [&](std::int64_t row, float* joined) {
-    const float a_lse = a.lse[static_cast<std::size_t>(row)];
-    const float b_lse = b.lse[static_cast<std::size_t>(row)];
-    const float most = std::max(a_lse, b_lse);
-    const float a_mass = std::exp(a_lse - most);
-    const float b_mass = std::exp(b_lse - most);
-    const float total = a_mass + b_mass;
-    const float a_share = a_mass / total;
-    const float b_share = b_mass / total;
-    const float* a_row = a.o.data() + row * dim;
-    const float* b_row = b.o.data() + row * dim;
-    for (std::int64_t d = 0; d < dim; ++d) joined[d] = a_share * a_row[d] + b_share * b_row[d];
-    from_float(joined, dim, outputs.o.dtype, outputs.o.row(0, row / rows, row % rows));
-    if (!outputs.lse.empty()) outputs.lse[static_cast<std::size_t>(row)] = most + std::log(total);
-  };
-  const std::int64_t count = std::ssize(a.lse);
-  parallel_for((count + kRowsPerItem - 1) / kRowsPerItem, threads, [&](std::int64_t item, int) {
+  const auto rows = static_cast<std::int64_t>(a.lse.size());
+  parallel_for((rows + rows_at_once - 1) / rows_at_once, threads, [&](std::int64_t chunk, int) {
     std::vector<float> joined(static_cast<std::size_t>(dim));
-    const std::int64_t end = std::min(count, (item + 1) * kRowsPerItem);
-    for (std::int64_t row = item * kRowsPerItem; row < end; ++row) merge_row(row, joined.data());
+    for (std::int64_t row = chunk * rows_at_once; row < std::min((chunk + 1) * rows_at_once, rows); ++row) {
+      const float most = std::max(a.lse[row], b.lse[row]);
+      const bool empty = most == nothing;
+      const float a_mass = empty ? 0.0F : std::exp(a.lse[row] - most);
+      const float b_mass = empty ? 0.0F : std::exp(b.lse[row] - most);
+      const float total = a_mass + b_mass;
+      const float inverse = empty ? 0.0F : 1 / total;
+      const float* of_a = a.o.data() + row * dim;
+      const float* of_b = b.o.data() + row * dim;
+      for (std::int64_t d = 0; d < dim; ++d) joined[d] = (a_mass * of_a[d] + b_mass * of_b[d]) * inverse;
+      std::byte* o = outputs.o.row(row / queries / heads, row / queries % heads, row % queries);
+      from_float(joined.data(), dim, outputs.o.dtype, o);
+      if (!outputs.lse.empty()) outputs.lse[row] = empty ? nothing : most + std::log(total);
+    }
   });
 }
 

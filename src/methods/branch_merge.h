@@ -8,7 +8,7 @@
 
 namespace tessera {
 
-/// Output and natural-log LSE of one branch: [heads][rows][value_dim] and [heads][rows] in float.
+/// Output and natural-log LSE of one branch: [batch][heads][rows][value_dim] and [batch][heads][rows] in float.
 struct Branch {
   std::vector<float> o;
   std::vector<float> lse;
@@ -17,8 +17,8 @@ struct Branch {
       : o(static_cast<std::size_t>(rows * value_dim)), lse(static_cast<std::size_t>(rows)) {}
 };
 
-/// Writes the attention over the keys of both branches to outputs [1, heads, rows, value_dim]. At least one branch of
-/// each row must have a key.
+/// Writes the attention over the keys of both branches to outputs [batch, heads, rows, value_dim]. Rows without a key
+/// in either branch yield 0 and -inf.
 void merge_branches(const Branch& a, const Branch& b, const AttentionOutputs& outputs, int threads);
 
 }  // namespace tessera
