@@ -4,6 +4,7 @@
 #include "tessera/attention.h"
 #include "tessera/cache.h"
 #include "tessera/core.h"
+#include "tessera/gate_training.h"
 #include "tessera/gradient.h"
 #include "tessera/method.h"
 #include "tessera/model.h"
