@@ -5,7 +5,7 @@
 #include "kernels/cpu/bytes.h"
 #include "kernels/cpu/level_headers.h"
 #include "kernels/emulated_bytes.h"
-#include "support/emulate_avx512_bytes.h"
+#include "support/emulate_avx512.h"
 
 namespace tessera::kernels {
 namespace {

@@ -125,14 +125,22 @@ inline simde__m128i emulated_low_bytes(simde__m512i x) {
   return emulated_cast<simde__m128i>(bytes);
 }
 
+inline simde__m512i emulated_truncate(simde__m512 x) {
+  const auto floats = emulated_cast<Floats16>(x);
+  Words16 words{};
+  for (int i = 0; i < 16; ++i) {
+    words.lanes[i] = static_cast<std::uint32_t>(static_cast<std::int32_t>(floats.lanes[i]));
+  }
+  return emulated_cast<simde__m512i>(words);
+}
+
 // Macros of Clang's own headers.
 #undef _mm512_cvtps_ph
 #undef _mm512_extractf32x8_ps
 #undef _mm512_reduce_ps
 #undef _mm512_scalef_ps
-#undef _mm512_madd_epi16  // an alias with two arguments too many
-#define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
 #define _mm512_cvtepi32_epi8(x) emulated_low_bytes(x)
+#define _mm512_cvttps_epi32(x) emulated_truncate(x)
 #define _mm512_cvtepi32_epi16(x) emulated_narrow(x)
 #define _mm512_cvtepu16_epi32(x) emulated_widen(x)
 #define _mm512_cvtepi32_ps(x) emulated_to_float(x)
