@@ -21,4 +21,7 @@ struct Branch {
 /// in either branch yield 0 and -inf.
 void merge_branches(const Branch& a, const Branch& b, const AttentionOutputs& outputs, int threads);
 
+/// Joins one more part of a row's softmax, output and LSE, to what is there. Parts without a key have LSE -inf.
+void merge_row(float lse, const float* o, std::int64_t value_dim, float& into_lse, float* into_o);
+
 }  // namespace tessera

@@ -1,4 +1,4 @@
-// The kernel text of gathered scores built for avx2; see gathered-inl.h.
+// The kernel text of gathered scores and of scores by changes built for avx2; see gathered-inl.h and delta-inl.h.
 #define TESSERA_LEVEL_AVX2
 
 #if defined(__x86_64__)
@@ -8,6 +8,8 @@
 namespace tessera::kernels {
 namespace {
 #include "score/gathered-inl.h"
+//
+#include "score/delta-inl.h"
 }  // namespace
 }  // namespace tessera::kernels
 
@@ -15,6 +17,12 @@ namespace tessera::score {
 
 const GatheredLevel& gathered_avx2() {
   static constexpr GatheredLevel level{kernels::largest_of_keys<kernels::FloatProduct>, nullptr};
+  return level;
+}
+
+const DeltaLevel& delta_avx2() {
+  static constexpr DeltaLevel level{kernels::running_scores<16 / kernels::kLanes>,
+                                    kernels::running_scores<64 / kernels::kLanes>};
   return level;
 }
 

@@ -1,4 +1,4 @@
-// The kernel text of gathered scores built for portable; see gathered-inl.h.
+// The kernel text of gathered scores and of scores by changes built for portable; see gathered-inl.h and delta-inl.h.
 
 #include "kernels/cpu/level_headers.h"
 #include "score/gathered_levels.h"
@@ -6,6 +6,8 @@
 namespace tessera::kernels {
 namespace {
 #include "score/gathered-inl.h"
+//
+#include "score/delta-inl.h"
 }  // namespace
 }  // namespace tessera::kernels
 
@@ -13,6 +15,12 @@ namespace tessera::score {
 
 const GatheredLevel& gathered_portable() {
   static constexpr GatheredLevel level{kernels::largest_of_keys<kernels::FloatProduct>, nullptr};
+  return level;
+}
+
+const DeltaLevel& delta_portable() {
+  static constexpr DeltaLevel level{kernels::running_scores<16 / kernels::kLanes>,
+                                    kernels::running_scores<64 / kernels::kLanes>};
   return level;
 }
 
