@@ -44,7 +44,7 @@ struct Delta {
                 "DELTA: Dynamic Layer-Aware Token Attention for Efficient Long-Context Reasoning, "
                 "arXiv:2510.09883",
             .phases = {.prefill = false, .decode = true},
-            .budget = {{"pages", 1, 1 << 20, true}}};
+            .budget = {{"pages", 8, 1 << 20, true}}};
   }
 
   explicit Delta(Params given)

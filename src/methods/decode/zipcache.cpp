@@ -348,7 +348,8 @@ struct ZipCache {
             .paper =
                 "ZipCache: Accurate and Efficient KV Cache Quantization with Salient Token Identification, "
                 "arXiv:2405.14256",
-            .phases = {.prefill = true, .decode = true}};
+            .phases = {.prefill = true, .decode = true},
+            .budget = {{"unimportant", 1, 0}}};
   }
 
   explicit ZipCache(Params given) : params(given) {

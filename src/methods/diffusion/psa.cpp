@@ -100,8 +100,7 @@ class PyramidSparse {
             .family = "diffusion",
             .summary = "pyramid: each key block is read raw, pooled 2, 4 or 8 to one, or skipped, in one softmax",
             .paper = "PSA: Pyramid Sparse Attention for Efficient Video Understanding and Generation, arXiv:2512.04025",
-            .phases = {.prefill = true, .decode = false},
-            .budget = {{"end_1", 0, 1}}};
+            .phases = {.prefill = true, .decode = false}};
   }
 
   explicit PyramidSparse(Params params) : params_(std::move(params)) {

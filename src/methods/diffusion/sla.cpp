@@ -113,7 +113,7 @@ class SparseLinear {
                 "arXiv:2509.24006",
             .phases = {.prefill = true, .decode = false, .backward = true},
             .domain = {.causal = false, .reason = "the linear branch sums over whole key tiles"},
-            .budget = {{"critical", 0, 1}},
+            .budget = {{"critical", 0, 0.9}},
             .side = {{.name = "projection",
                       .axes = square,
                       .minimum = -0.1,

@@ -69,7 +69,8 @@ class AnchorStripe {
             .summary = "keys whose score with a mean query comes near the row maximum of an exact anchor region",
             .paper = "AnchorAttention: Difference-Aware Sparse Attention with Stripe Granularity, arXiv:2505.23520",
             .phases = {.prefill = true, .decode = false},
-            .domain = {.bidirectional = false, .reason = "its anchor ends at the diagonal"}};
+            .domain = {.bidirectional = false, .reason = "its anchor ends at the diagonal"},
+            .budget = {{"theta", -20, 40}}};
   }
 
   explicit AnchorStripe(Params params) : params_(params) {}

@@ -91,7 +91,8 @@ class DeltaLlm {
                 "DeltaLLM: A Training-Free Framework Exploiting Temporal Sparsity for Efficient Edge LLM Inference, "
                 "arXiv:2507.19608",
             .phases = {.prefill = true, .decode = true},
-            .domain = {.bidirectional = false, .reason = "its keys change in the order of time"}};
+            .domain = {.bidirectional = false, .reason = "its keys change in the order of time"},
+            .budget = {{"scale", 0, 1}}};
   }
 
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {

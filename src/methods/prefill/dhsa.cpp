@@ -140,6 +140,7 @@ class Dhsa {
             "Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs, arXiv:2510.24606",
         .phases = {.prefill = true, .decode = false},
         .domain = {.bidirectional = false, .reason = "it keeps the most recent keys"},
+        .budget = {{"budget", 256, 1 << 20, true}},
         .side = {{.name = "keys",
                   .axes = {SideAxis::batch, SideAxis::kv_heads, SideAxis::tokens, SideAxis::head_dim},
                   .minimum = -1,

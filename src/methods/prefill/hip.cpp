@@ -110,15 +110,15 @@ class Hip {
     }
   };
   static MethodInfo info() {
-    return {
-        .name = "hip",
-        .family = "prefill",
-        .summary = "keys found per query tile by halving the best nodes of a tree, or by staged search in chunks",
-        .paper =
-            "HiP: A Training-free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically "
-            "Pruned Attention, arXiv:2406.09827; InfiniteHiP, arXiv:2502.08910",
-        .phases = {.prefill = true, .decode = true},
-        .domain = {.bidirectional = false, .reason = "it searches the keys before a window that ends at the query"}};
+    return {.name = "hip",
+            .family = "prefill",
+            .summary = "keys found per query tile by halving the best nodes of a tree, or by staged search in chunks",
+            .paper =
+                "HiP: A Training-free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically "
+                "Pruned Attention, arXiv:2406.09827; InfiniteHiP, arXiv:2502.08910",
+            .phases = {.prefill = true, .decode = true},
+            .domain = {.bidirectional = false, .reason = "it searches the keys before a window that ends at the query"},
+            .budget = {{"mask_k", 64, 1 << 20, true}}};
   }
 
   explicit Hip(Params params) : params_(std::move(params)) {

@@ -105,7 +105,8 @@ class HyperAttention {
             .family = "prefill",
             .summary = "blocks of queries and keys sorted by an angular hash, and sampled keys for all the others",
             .paper = "HyperAttention: Long-context Attention in Near-Linear Time, arXiv:2310.05869",
-            .phases = {.prefill = true, .decode = false, .backward = true}};
+            .phases = {.prefill = true, .decode = false, .backward = true},
+            .budget = {{"samples", 16, 65536, true}}};
   }
 
   explicit HyperAttention(Params params) : params_(std::move(params)) {

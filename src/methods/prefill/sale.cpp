@@ -87,7 +87,8 @@ class Sale {
                 "SALE: Low-bit Estimation for Efficient Sparse Attention in Long-context LLM Prefilling, "
                 "arXiv:2505.24179",
             .phases = {.prefill = true, .decode = false},
-            .domain = {.bidirectional = false, .reason = "its local window ends at the diagonal"}};
+            .domain = {.bidirectional = false, .reason = "its local window ends at the diagonal"},
+            .budget = {{"threshold", 0.5, 1e-05, true}}};
   }
 
   explicit Sale(Params params) : params_(params) {

@@ -70,6 +70,7 @@ class Seer {
             .summary = "tiles by a learned gate on pooled queries and keys (side inputs)",
             .paper = "SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs, arXiv:2410.13276",
             .phases = {.prefill = true, .decode = false, .backward = true},
+            .budget = {{"threshold", 0.5, 1e-06, true}},
             .side = {{.name = "gate_q",
                       .axes = {batch, q_heads, queries, head_dim},
                       .minimum = -1,

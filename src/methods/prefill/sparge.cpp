@@ -67,7 +67,8 @@ class Sparge {
             .paper =
                 "SpargeAttn: Accurate and Training-free Sparse Attention Accelerating Any Model Inference, "
                 "arXiv:2502.18137",
-            .phases = {.prefill = true, .decode = false}};
+            .phases = {.prefill = true, .decode = false},
+            .budget = {{"cdf", 0, 1}}};
   }
 
   explicit Sparge(Params params) : params_(params) {

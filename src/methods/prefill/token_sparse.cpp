@@ -80,7 +80,8 @@ class TokenSparse {
                 "Token Sparse Attention: Efficient Long-Context Inference with Interleaved Token Selection, "
                 "arXiv:2602.03216",
             .phases = {.prefill = true, .decode = false},
-            .domain = {.bidirectional = false, .reason = "its last queries must be those that see the most"}};
+            .domain = {.bidirectional = false, .reason = "its last queries must be those that see the most"},
+            .budget = {{"tau", 1, 0}}};
   }
 
   explicit TokenSparse(Params params) : params_(std::move(params)) {
