@@ -1,7 +1,7 @@
 // Questions about long generated texts, with the answer known: what a model must find, follow, count or copy.
 //
 // Names and recipes follow RULER (arXiv 2404.06654), the Sparse Frontier (2504.17768) and zoology (2312.04927); all
-// text is generated from the seed. docs/tasks.md describes each.
+// text is generated from the seed. docs/evaluating.md describes each.
 #pragma once
 
 #include <cstdint>
