@@ -4,6 +4,7 @@
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -60,8 +61,8 @@ double dense_milliseconds() {
     const tessera::Plan plan = tessera::dense_plan(problem);
     const tessera::AttentionOutputs outputs{
         tessera::mutable_view_of(o.data(), tessera::DType::bf16, {1, kGroupHeads, kTokens, 128}), {}};
-    std::vector<double> times;
-    for (int i = 0; i < 3; ++i) times.push_back(tessera::run(plan, inputs(), outputs).kernel_ms);
+    std::array<double, 3> times{};
+    for (double& time : times) time = tessera::run(plan, inputs(), outputs).kernel_ms;
     std::sort(times.begin(), times.end());
     return times[1];
   }();

@@ -245,7 +245,8 @@ void measure_generated(const Options& options, Measurements& measurements) {
 /// One value per column of the CSV file; nested objects become columns "error.rel_l2".
 void flatten(const OrderedJson& value, const std::string& name, std::vector<std::pair<std::string, std::string>>& out) {
   if (value.is_object() && name != "params") {
-    for (const auto& [key, inner] : value.items()) flatten(inner, name.empty() ? key : name + "." + key, out);
+    for (const auto& [key, inner] : value.items())
+      flatten(inner, name.empty() ? key : fmt::format("{}.{}", name, key), out);
     return;
   }
   std::string text;

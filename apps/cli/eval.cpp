@@ -69,7 +69,7 @@ OrderedJson to_json(const EvaluationSummary& summary) {
 
 /// The tasks, "perplexity" among them where asked for.
 std::vector<std::string> tasks_of(const Options& options) {
-  const std::vector<std::string> names = eval::split_specs(options.tasks);
+  std::vector<std::string> names = eval::split_specs(options.tasks);
   for (const std::string& name : names) {
     if (name != kPerplexity) eval::find_task(name);
   }

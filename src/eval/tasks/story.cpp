@@ -183,6 +183,7 @@ TaskSample filter(const TaskInfo& task, const SampleOptions& options) {
     Random asking(options.seed, {story_stream, 31});
     const std::vector<std::int64_t> without = needle_places(units, kWithoutPurchase, asking);
     std::vector<std::string> gold;
+    gold.reserve(without.size());
     for (const std::int64_t c : without) gold.push_back(std::to_string(c + 1));
     const std::string question =
         fmt::format("In {} chapters the merchant bought nothing. Give their numbers.", kWithoutPurchase);
