@@ -15,7 +15,6 @@ namespace {
 
 using test::AttentionCase;
 using test::CaseShape;
-using test::HeadMask;
 using test::masks_of;
 
 /// The text once more, in float64 and with plain loops, for lengths that are multiples of the tile.
