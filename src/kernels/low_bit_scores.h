@@ -39,7 +39,7 @@ class LowBitKeyPanels {
 /// Query rows of a tile, with the score that the estimate has to exceed.
 class LowBitQueryRows {
  public:
-  explicit LowBitQueryRows(std::int64_t head_dim) : head_dim_(head_dim), words_((head_dim + 3) / 4) {}
+  explicit LowBitQueryRows(std::int64_t head_dim) : words_((head_dim + 3) / 4) {}
   void clear();
   /// Adds a row whose products count `factor` each. One that holds NaN or Inf, or whose cut is NaN or infinity, exceeds
   /// everywhere.
@@ -50,7 +50,6 @@ class LowBitQueryRows {
   }
 
  private:
-  std::int64_t head_dim_;
   std::int64_t words_;
   std::vector<std::int8_t> numbers_;
   std::vector<float> scale_;
