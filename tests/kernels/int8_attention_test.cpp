@@ -282,7 +282,7 @@ TEST(Int8Attention, NanReachesOnlyTheRowsThatReadIt) {
     for (std::int64_t row = 0; row < 80; ++row) EXPECT_EQ(std::isnan(out.o[row * 10]), row == 60) << row;
     store_from_float(small.c.q.view.row(0, 1, 20), DType::f32, 3, 0.0F);
     // A value in the last tile, which the first query tile does not read.
-    PlanBuilder builder(small.problem(), 16, 16, 1, 1);
+    PlanBuilder builder(Small::problem(), 16, 16, 1, 1);
     for (std::int64_t tile = 0; tile < 3; ++tile) {
       builder.tiles(0, tile == 0 ? 3 : 4);
       builder.end_row();

@@ -1,6 +1,7 @@
 // What attend() writes, against the float64 softmax over the pairs of its plan.
 #pragma once
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -71,7 +72,7 @@ inline void expect_attends_its_plan(const std::string& spec, const AttentionCase
 /// Inputs that break what methods hope for; whatever they choose, finite inputs give finite outputs.
 inline void expect_finite_on_bad_data(const std::string& spec, std::int64_t length) {
   for (const std::string kind : {"equal keys", "zero queries", "one loud key", "huge logits", "two clusters"}) {
-    SCOPED_TRACE(spec + ", " + kind);
+    SCOPED_TRACE(fmt::format("{}, {}", spec, kind));
     AttentionCase input({.name = kind, .q_len = length, .kv_len = length});
     for (std::int64_t n = 0; n < length; ++n) {
       for (std::int64_t d = 0; d < 16; ++d) {

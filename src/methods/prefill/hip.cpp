@@ -138,7 +138,7 @@ class Hip {
     for (std::int64_t s = 0; s < problem.batch; ++s) longest = std::max(longest, problem.q_len_of(s));
     const bool decoding = longest <= params_.decode_rows;
     const std::int64_t height = decoding ? 1 : tile_rows();
-    score::PlanRows rows(problem, height, kPlanTile, problem.q_heads);
+    score::PlanRows rows(problem, height, plan_tile, problem.q_heads);
     auto* state = decoding ? dynamic_cast<HipState*>(context.state) : nullptr;
     std::vector<StageLists>* lists = nullptr;
     if (state != nullptr) {
@@ -155,7 +155,7 @@ class Hip {
   std::unique_ptr<MethodState> new_state() const { return std::make_unique<HipState>(); }
 
  private:
-  static constexpr std::int64_t kPlanTile = 128;  ///< key tile of the plan, whose entries are runs and lists
+  static constexpr std::int64_t plan_tile = 128;  ///< key tile of the plan, whose entries are runs and lists
 
   struct Stage {
     std::int64_t chunk = 0;

@@ -99,7 +99,7 @@ class Sparge {
         keys[i] = score::similar_keys(problem, inputs, s, head, params_.block_k, centre);
       });
     }
-    rows.for_each_band(kBandTiles, threads, [&](std::int64_t block, std::int64_t first, std::int64_t count, int) {
+    rows.for_each_band(band_tiles, threads, [&](std::int64_t block, std::int64_t first, std::int64_t count, int) {
       const score::QueryTiles tiles = rows.geometry(block);
       const std::int64_t kv = rows.sequence_of(block) * problem.kv_heads + rows.head_of(block) / problem.group();
       std::vector<float> scores(static_cast<std::size_t>(count * tiles.key_tiles()));
@@ -139,7 +139,7 @@ class Sparge {
   }
 
  private:
-  static constexpr std::int64_t kBandTiles = 64;
+  static constexpr std::int64_t band_tiles = 64;
 
   /// Cosines are at most 1, but for rounding.
   bool everything() const { return params_.theta >= 1 || (params_.rule == Rule::cdf && params_.cdf >= 1); }

@@ -32,6 +32,8 @@
 //   pool: pool_k, pool_v [1, Hkv, l, 1]. linear: linear_k [1, Hkv, l*D, D], linear_v [1, Hkv, l*Dv, Dv].
 //   mlp: hidden_k [1, Hkv, l*D, H], output_k [1, Hkv, H, D], hidden_v, output_v likewise; ReLU between, no bias.
 // Gradients under the same names are written where they are asked for.
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -195,9 +197,9 @@ struct Nsa {
       const bool keys = of == "k";
       const std::string rows = keys ? "keys" : "values";
       add(of + "_compress", {batch, kv_heads, tokens, dim}, 1,
-          rows + " that are compressed" + (keys ? ", before RoPE" : "") + "; default " + of);
+          fmt::format("{} that are compressed{}; default {}", rows, keys ? ", before RoPE" : "", of));
       add(of + "_window", {batch, kv_heads, tokens, dim}, 1,
-          rows + " of the window branch; default " + of + "; both or none of the two");
+          fmt::format("{} of the window branch; default {}; both or none of the two", rows, of));
       add("positions_" + of, {kv_heads, width, dim}, 0.1, "added to the rows of every block (w = length)");
       add("pool_" + of, {kv_heads, width, one}, 0.1, "weights of the rows of a block; needed with compress=pool");
       add("linear_" + of, {kv_heads, width, dim}, 0.1, "weights of a block's numbers; needed with compress=linear");

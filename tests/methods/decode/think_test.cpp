@@ -51,7 +51,7 @@ std::vector<std::int64_t> kept_by_definition(CacheCase& input, const Rule& rule,
 void expect_output(CacheCase& input, const std::vector<float>& o, std::int64_t first, std::int64_t pruned,
                    const std::vector<std::vector<std::int64_t>>& kept) {
   const auto key = [&](std::int64_t head, std::int64_t j) {
-    const std::vector<double> whole = input.exact_key()(head, j);
+    std::vector<double> whole = input.exact_key()(head, j);
     if (j >= pruned) return whole;
     std::vector<double> narrow(whole.size(), 0.0);
     for (const std::int64_t d : kept[static_cast<std::size_t>(head)]) {
