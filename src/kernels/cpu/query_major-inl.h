@@ -32,7 +32,8 @@ inline float finish_row(const Call& call, const TileShape& shape, const ScoreRul
   std::byte* row = call.query_row(outputs.o, sequence, head, query);
   float lse = kMinusInfinity;
   float inverse = 0;
-  if (sum != 0) {
+  // Weights that are no softmax may all but vanish; the inverse of a denormal sum would be infinite.
+  if (!(sum < std::numeric_limits<float>::min())) {
     lse = maximum * rule.to_log2 * ln2 + std::log(sum);
     inverse = 1 / sum;
     if (!call.inputs.modifiers.sink_logits.empty()) {

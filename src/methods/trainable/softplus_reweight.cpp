@@ -145,10 +145,12 @@ struct SoftplusReweight {
   }
 
   static std::vector<float> factors_of(const Rows& rows, std::span<const float> log_sums) {
+    // Rows of almost no weight: a smaller factor than theirs leaves them nothing, and they keep their first weights.
+    constexpr float most = 1e30F;
     std::vector<float> factors(log_sums.size());
     for (std::size_t i = 0; i < factors.size(); ++i) {
-      factors[i] =
-          std::isinf(log_sums[i]) ? 0.0F : rows.visible_of(static_cast<std::int64_t>(i)) * std::exp(-log_sums[i]);
+      const float factor = rows.visible_of(static_cast<std::int64_t>(i)) * std::exp(-log_sums[i]);
+      factors[i] = std::isinf(log_sums[i]) ? 0.0F : std::min(factor, most);
     }
     return factors;
   }

@@ -89,6 +89,7 @@ std::vector<HeadMask> expected_masks(const AttentionCase& input, const Sizes& si
       const Row k_mean = mean_of(k);
       for (Row& row : k) row = minus(row, k_mean);  // smoothing concerns all passes
       std::vector<Row> k_low;
+      k_low.reserve(k.size());
       for (const Row& row : k) k_low.push_back(quantised(row));
       for (std::int64_t first = 0; first < queries; first += sizes.block_q) {
         const std::int64_t end = std::min(first + sizes.block_q, queries);
@@ -184,7 +185,7 @@ TEST(Sale, KeepsMoreAsTheThresholdFalls) {
   const std::string sizes = ",block_q=16,block_k=16,local=32,segment=16,dense_below=0";
   std::vector<HeadMask> before;
   for (const std::string threshold : {"0.5", "0.1", "0.02", "0.004", "0"}) {
-    const auto masks = masks_of("sale:threshold=" + threshold + sizes, input);
+    const auto masks = masks_of(fmt::format("sale:threshold={}{}", threshold, sizes), input);
     for (std::size_t h = 0; h < before.size(); ++h) {
       for (std::size_t i = 0; i < before[h].bits.size(); ++i) ASSERT_LE(before[h].bits[i], masks[h].bits[i]);
     }

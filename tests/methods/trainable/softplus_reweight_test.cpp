@@ -108,6 +108,28 @@ TEST(SoftplusReweight, EqualScoresGiveEqualWeights) {
   expect_formula("softplus-reweight", c, {.reweight = false});
 }
 
+TEST(SoftplusReweight, WeightsThatVanishGiveFiniteOutputs) {
+  // Every score of query n is about -2n: the weights fall through the smallest floats to nothing.
+  AttentionCase c({.name = "low", .q_heads = 1, .q_len = 80, .kv_len = 80});
+  for (std::int64_t n = 0; n < 80; ++n) {
+    for (std::int64_t d = 0; d < 16; ++d) {
+      c.set_q(0, 0, n, d, d == 0 ? -8.0F * static_cast<float>(n) : 0.0F);
+      c.set_k(0, 0, n, d, d == 0 ? 1.0F + 0.001F * static_cast<float>(n) : 0.0F);
+    }
+  }
+  for (const std::string spec :
+       {"softplus-reweight:length_scale=false", "softplus-reweight:length_scale=false,reweight=false",
+        "softplus-reweight:length_scale=false,offset=0"}) {
+    std::vector<float> o(80 * 8);
+    std::vector<float> lse(80);
+    make_method(spec)->attend(c.problem, c.inputs, {mutable_view_of(o.data(), DType::f32, {1, 1, 80, 8}), lse}, {});
+    for (const float x : o) ASSERT_TRUE(std::isfinite(x)) << spec;
+    EXPECT_TRUE(std::isinf(lse[79])) << spec << ": nothing is left of the last row";
+    EXPECT_EQ(o[79 * 8], 0) << spec;
+    EXPECT_NE(o[20 * 8], 0) << spec;
+  }
+}
+
 TEST(SoftplusReweight, RefusesBadParameters) {
   EXPECT_THROW(make_method("softplus-reweight:power=0"), Error);
   EXPECT_THROW(make_method("softplus-reweight:offset=-1"), Error);
