@@ -9,14 +9,14 @@ mapfile -t sources < <(git ls-files '*.cpp' '*.h')
 clang-format --dry-run --Werror "${sources[@]}"
 echo "clang-format: ${#sources[@]} files are formatted"
 
-changed() { # every source, or those that differ from the revision; a changed header counts for all that include it
+changed() { # every source, or those that differ from the revision; a changed header is seen through one that includes it
   if [[ -z $since ]]; then
     git ls-files '*.cpp'
     return
   fi
   git diff --name-only --diff-filter=d "$since" -- '*.cpp'
   git diff --name-only --diff-filter=d "$since" -- '*.h' | while read -r header; do
-    git grep -lF "${header#*/}\"" -- '*.cpp' || true
+    git grep -lF "${header#*/}\"" -- '*.cpp' | head -n 1 || true
   done
 }
 # Only files that the build compiles: examples are built on their own.

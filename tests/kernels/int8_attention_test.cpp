@@ -19,8 +19,10 @@ std::vector<TestedTable> tested_tables() {
   std::vector<TestedTable> tables;
   for (const Isa isa : supported_isas()) tables.push_back({std::string(name_of(isa)), &kernels::byte_kernels_of(isa)});
   if (supported_isas().size() == 1) return tables;  // the emulation is built for AVX2
+#ifndef TESSERA_NO_EMULATED_LEVELS
   tables.push_back({"avx512 emulated", &kernels::emulated_avx512_bytes()});
   tables.push_back({"avx512_bf16 emulated", &kernels::emulated_avx512_bf16_bytes()});
+#endif
   return tables;
 }
 

@@ -298,8 +298,10 @@ inline std::vector<TestedLevel> tested_levels() {
   std::vector<TestedLevel> levels;
   for (const Isa isa : supported_isas()) levels.push_back({std::string(name_of(isa)), &kernels::level_of(isa)});
   if (supported_isas().size() == 1) return levels;  // the emulation is built for AVX2
+#ifndef TESSERA_NO_EMULATED_LEVELS
   levels.push_back({"avx512 emulated", &kernels::emulated_avx512()});
   levels.push_back({"avx512_bf16 emulated", &kernels::emulated_avx512_bf16()});
+#endif
   return levels;
 }
 

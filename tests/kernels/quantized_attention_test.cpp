@@ -161,8 +161,11 @@ TEST(QuantizedAttention, EmulatedLevelsMatchThePortableOne) {
       for (std::int64_t d = 0; d < c.dim; ++d) q[static_cast<std::size_t>(row * stride + d)] = 0.3F * normal(random);
     }
     std::vector<std::vector<float>> results;
-    for (const auto* level :
-         {&kernels::level_portable(), &kernels::emulated_avx512(), &kernels::emulated_avx512_bf16()}) {
+    std::vector<const kernels::LevelKernels*> levels{&kernels::level_portable()};
+#ifndef TESSERA_NO_EMULATED_LEVELS
+    levels.insert(levels.end(), {&kernels::emulated_avx512(), &kernels::emulated_avx512_bf16()});
+#endif
+    for (const auto* level : levels) {
       std::vector<float> state(static_cast<std::size_t>(c.rows * (2 + kernels::output_columns(c.value_dim))));
       float* maximum = state.data();
       std::fill_n(maximum, c.rows, -std::numeric_limits<float>::infinity());

@@ -39,7 +39,7 @@ struct Heads {
     for (std::int64_t token = 0; token < kTokens; ++token) {
       // Positions as angles: the product is largest for equal angles.
       for (std::int64_t f = 0; f < kDim / 2; ++f) {
-        const double frequency = std::pow(200.0, -static_cast<double>(f) / (kDim / 2));
+        const double frequency = std::pow(200.0, -2 * static_cast<double>(f) / static_cast<double>(kDim));
         const auto set = [&](std::vector<float>& to, std::int64_t head, double position, double factor) {
           to[row(head, token) + 2 * f] += static_cast<float>(factor * std::cos(frequency * position));
           to[row(head, token) + 2 * f + 1] += static_cast<float>(factor * std::sin(frequency * position));

@@ -76,8 +76,8 @@ TEST(SpanProfile, IsTheFirstOrderChangeOfTheLoss) {
         attention.key_block = column;
         decoder.forward(prompt.tokens, attention);
         const double change = decoder.cross_entropy(130, 300, {}) - before;
-        const double predicted = influence[static_cast<std::size_t>(attention.layer * 4 + attention.head)]
-                                          [static_cast<std::size_t>(row * 5 + column)];
+        const auto place = static_cast<std::size_t>(row) * 5 + static_cast<std::size_t>(column);
+        const double predicted = influence[static_cast<std::size_t>(attention.layer * 4 + attention.head)][place];
         product += change * predicted;
         predicted_square += predicted * predicted;
         square += change * change;
