@@ -180,7 +180,7 @@ Keys cut(const std::vector<double>& scores, double least, std::int64_t w, std::i
   const auto n = static_cast<std::int64_t>(scores.size());
   std::vector<std::pair<double, std::int64_t>> order;
   for (std::int64_t t = w - 1; t < n - w; ++t) {
-    if (scores[t] > least) order.push_back({-scores[t], t});
+    if (scores[t] > least) order.emplace_back(-scores[t], t);
   }
   std::sort(order.begin(), order.end());
   std::vector<std::int64_t> picked;
@@ -233,7 +233,7 @@ struct Lists {
                  (q / share / static_cast<double>(rows) * std::sqrt(static_cast<double>(rows)));
       }
       for (std::int64_t j = *it; j < *std::next(it); ++j) {
-        if (j >= begin && j < end - recent) ranked.push_back({-score, -j});
+        if (j >= begin && j < end - recent) ranked.emplace_back(-score, -j);
       }
     }
     std::sort(ranked.begin(), ranked.end());

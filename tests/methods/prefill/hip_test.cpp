@@ -31,7 +31,7 @@ Keys tree(std::int64_t visible, std::int64_t mask_k, std::int64_t bk, bool centr
   const std::int64_t m = mask_k / bk;
   const std::int64_t blocks = (visible + bk - 1) / bk;
   std::vector<std::pair<std::int64_t, std::int64_t>> nodes;  // first block, blocks
-  for (std::int64_t e = 0; e < m; ++e) nodes.push_back({blocks * e / m, blocks * (e + 1) / m - blocks * e / m});
+  for (std::int64_t e = 0; e < m; ++e) nodes.emplace_back(blocks * e / m, blocks * (e + 1) / m - blocks * e / m);
   for (double size = static_cast<double>(blocks) / static_cast<double>(m); size > 1; size /= 2) {
     std::vector<std::tuple<double, std::int64_t, std::int64_t>> halves;  // -score, first block, blocks
     for (const auto& [a, z] : nodes) {
@@ -40,13 +40,13 @@ Keys tree(std::int64_t visible, std::int64_t mask_k, std::int64_t bk, bool centr
         double best = -1e300;
         const std::int64_t from = (begin + (centre ? count / 2 : 0)) * bk;
         for (std::int64_t j = from; j < std::min(from + bk, visible); ++j) best = std::max(best, score(j));
-        halves.push_back({-best, begin, count});
+        halves.emplace_back(-best, begin, count);
       }
     }
     std::sort(halves.begin(), halves.end());
     halves.resize(std::min<std::size_t>(halves.size(), static_cast<std::size_t>(m)));
     nodes.clear();
-    for (const auto& [minus, a, z] : halves) nodes.push_back({a, z});
+    for (const auto& [minus, a, z] : halves) nodes.emplace_back(a, z);
   }
   for (const auto& [a, z] : nodes) {
     EXPECT_EQ(z, 1);
@@ -78,10 +78,12 @@ double chunk_score(std::int64_t l, std::int64_t r, const Score& score) {
 std::vector<std::int64_t> stage(const std::vector<std::int64_t>& begins, std::int64_t end, const Stage& s,
                                 const Score& score) {
   std::vector<std::pair<double, std::int64_t>> ranked;
-  for (const std::int64_t b : begins) ranked.push_back({-chunk_score(b, std::min(b + s.chunk, end), score), b});
+  ranked.reserve(begins.size());
+  for (const std::int64_t b : begins) ranked.emplace_back(-chunk_score(b, std::min(b + s.chunk, end), score), b);
   std::sort(ranked.begin(), ranked.end());
   ranked.resize(std::min(ranked.size(), static_cast<std::size_t>(s.leaving / s.chunk)));
   std::vector<std::int64_t> kept;
+  kept.reserve(kept.size() + ranked.size());
   for (const auto& [minus, b] : ranked) kept.push_back(b);
   std::sort(kept.begin(), kept.end());
   return kept;

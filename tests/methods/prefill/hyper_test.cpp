@@ -138,10 +138,11 @@ class Weights {
       std::int32_t code = 0;
       hash_.codes(row, {&code, 1});
       const auto rank = std::find(codes.begin(), codes.end(), code) - codes.begin();
-      order.push_back({settings_.legacy ? codes[code] : rank, n});
+      order.emplace_back(settings_.legacy ? codes[code] : rank, n);
     }
     std::sort(order.begin(), order.end());
     std::vector<std::int64_t> rows;
+    rows.reserve(order.size());
     for (const auto& [bucket, n] : order) rows.push_back(n);
     return rows;
   }
