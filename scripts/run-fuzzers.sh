@@ -4,7 +4,8 @@
 set -euo pipefail
 export build=build/fuzz seconds=$1
 cmake --preset fuzz >/dev/null
-cmake --build --preset fuzz >"$build/build.log" || { tail -n 50 "$build/build.log"; exit 1; }
+mapfile -t names < <(basename --suffix=.cpp --multiple fuzz/*_fuzzer.cpp)
+cmake --build --preset fuzz --target "${names[@]}" >"$build/build.log" || { tail -n 50 "$build/build.log"; exit 1; }
 
 fuzz() { # program; starts from the inputs in fuzz/corpus/<name>, if there are any
   local name log corpora=()
