@@ -319,8 +319,7 @@ class Hip {
   score::Chunks search_stage(std::size_t stage, std::int64_t end, const StageLists& own,
                              const score::ScoreKeys& score) const {
     const std::int64_t chunk = stages_[stage].chunk;
-    score::Chunks candidates =
-        stage == 0 ? score::Chunks::cut(sinks(), end, chunk) : own.after[stage - 1].split(chunk);
+    score::Chunks candidates = stage == 0 ? score::Chunks::cut(sinks(), end, chunk) : own.after[stage - 1].split(chunk);
     // What leaves a stage is what the next one lets in, in chunks of this one.
     const std::int64_t leaving = stage + 1 < stages_.size() ? stages_[stage + 1].admitted : params_.keep;
     if (leaving == 0) return candidates;
