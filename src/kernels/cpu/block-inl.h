@@ -113,27 +113,38 @@ inline void add_slow_values(const TileShape& shape, const PackedSource* sources,
   }
 }
 
+/// Places of [first, last) whose groups some of the rows [row, row + rows) may see, cut down from both ends.
+struct GroupRange {
+  std::int32_t first;
+  std::int32_t last;
+};
+inline GroupRange reached_groups(const TileScratch& scratch, std::int64_t row, std::int64_t rows, GroupRange range) {
+  if (!scratch.any_masked) return range;
+  const auto [lowest, highest] = std::minmax_element(scratch.position + row, scratch.position + row + rows);
+  const auto reached = [&, low = *lowest, high = *highest](const KeyGroup& group) {
+    return !group.masked || group_reaches(group, low, high);
+  };
+  while (range.first < range.last && !reached(scratch.groups[range.first])) ++range.first;
+  while (range.first < range.last && !reached(scratch.groups[range.last - 1])) --range.last;
+  return range;
+}
+
 /// Scores of rows [begin, end), for the groups that reach any of their positions.
 template <class Product>
 inline void block_scores(const TileShape& shape, TileScratch& scratch, std::int64_t begin, std::int64_t end,
                          SoftmaxStream<Product>& shadow) {
   for (std::int32_t g = 0; g < scratch.group_count; g += kRegisterPanels) {
-    const std::int32_t panels = std::min<std::int32_t>(kRegisterPanels, scratch.group_count - g);
-    const std::uint32_t* k[kRegisterPanels];
-    for (std::int32_t p = 0; p < panels; ++p) k[p] = scratch.groups[g + p].k;
+    const GroupRange all = {g, std::min<std::int32_t>(g + kRegisterPanels, scratch.group_count)};
     for (std::int64_t first = begin, count = 0; first < end; first += count) {
       count = register_rows(end - first);
-      bool reached = !scratch.any_masked;
-      for (std::int32_t p = 0; p < panels && !reached; ++p) {
-        const KeyGroup& group = scratch.groups[g + p];
-        for (std::int64_t r = first; r < first + count && !reached; ++r) {
-          reached = !group.masked || group_reaches(group, scratch.position[r], scratch.position[r]);
-        }
-      }
-      if (!reached) continue;  // mask_group writes -inf over whatever is there
-      float* scores = scratch.scores + first * kBlockKeys + g * kGroupKeys;
+      // mask_group writes -inf over the scores of the others, whatever is there.
+      const GroupRange range = reached_groups(scratch, first, count, all);
+      if (range.first == range.last) continue;
+      const std::uint32_t* k[kRegisterPanels] = {};
+      for (std::int32_t p = range.first; p < range.last; ++p) k[p - range.first] = scratch.groups[p].k;
+      float* scores = scratch.scores + first * kBlockKeys + range.first * kGroupKeys;
       with_count<kRegisterRows>(count, [&](auto row_count) {
-        with_count<kRegisterPanels>(panels, [&](auto panel_count) {
+        with_count<kRegisterPanels>(range.last - range.first, [&](auto panel_count) {
           score_rows<Product, row_count(), panel_count()>(scratch.q_rows + first, k, shape.compute_words, scores,
                                                           shadow);
         });
@@ -299,8 +310,9 @@ inline void prepare_weights(const Call& call, const TileShape& shape, const Scor
 }
 
 /// Rows of a stage of the pipeline: enough for the exponentials of one stage to hide behind the products of its
-/// neighbours, few enough for the scores of three stages to stay in L1.
-constexpr std::int64_t kStageRows = 2 * kRegisterRows;
+/// neighbours, few enough for the scores of three stages to stay in L1. Without a shadow, more rows read a panel while
+/// it is in L1.
+constexpr std::int64_t kStageRows = (kShadow ? 2 : 4) * kRegisterRows;
 
 /// Asks for share `part` of `parts` of the next block's panels, into L2: they come from memory or L3, and each is too
 /// short for the processor's own prefetching to get going.

@@ -32,6 +32,14 @@ constexpr int kRegisterRows = 2;
 constexpr int kRegisterPanels = 1;
 #endif
 
+/// Whether something else may run in the shadow of a product, between its steps. Products of 16 registers use them all:
+/// making room costs more than is hidden.
+#if defined(TESSERA_LEVEL_AVX512)
+constexpr bool kShadow = true;
+#else
+constexpr bool kShadow = false;
+#endif
+
 /// Steps of a product between two steps of what runs in its shadow.
 #if defined(TESSERA_EMULATE_AVX512)
 constexpr int kShadowSteps = 1;  // eight copies of every emulated product take the compiler minutes
@@ -60,12 +68,12 @@ template <class Product, int rows, int panels, class Shadow>
 [[gnu::always_inline]] inline void multiply_panels(Vec (&acc)[rows][panels * kVecsPer16],
                                                    const std::uint32_t* const (&a)[rows],
                                                    const std::uint32_t* const (&b)[panels], std::int64_t steps,
-                                                   Shadow& shadow) {
+                                                   [[maybe_unused]] Shadow& shadow) {
   std::int64_t step = 0;
   for (; step + kShadowSteps <= steps; step += kShadowSteps) {
 #pragma GCC unroll 8
     for (int s = 0; s < kShadowSteps; ++s) multiply_step<Product, rows, panels>(acc, a, b, step + s);
-    shadow.step();
+    if constexpr (kShadow) shadow.step();
   }
   for (int rest = static_cast<int>(steps - step); rest > 0; --rest, ++step) {
     multiply_step<Product, rows, panels>(acc, a, b, step);
