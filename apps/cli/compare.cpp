@@ -14,6 +14,7 @@
 #include "eval/comparison.h"
 #include "io/atomic_file.h"
 #include "kernels/peak.h"
+#include "support/csv.h"
 #include "support/input_file.h"
 #include "support/number_list.h"
 #include "support/progress.h"
@@ -242,46 +243,6 @@ void measure_generated(const Options& options, Measurements& measurements) {
   }
 }
 
-/// One value per column of the CSV file; nested objects become columns "error.rel_l2".
-void flatten(const OrderedJson& value, const std::string& name, std::vector<std::pair<std::string, std::string>>& out) {
-  if (value.is_object() && name != "params") {
-    for (const auto& [key, inner] : value.items())
-      flatten(inner, name.empty() ? key : fmt::format("{}.{}", name, key), out);
-    return;
-  }
-  std::string text;
-  if (value.is_string()) {
-    text = value.get<std::string>();
-  } else if (!value.is_null()) {
-    text = value.dump();
-  }
-  std::string quoted;
-  for (const char c : text) quoted += c == '"' ? std::string("\"\"") : std::string(1, c);
-  out.emplace_back(name, text.find_first_of(",\"\n") == std::string::npos ? text : '"' + quoted + '"');
-}
-
-void write_csv(AtomicFile& file, const OrderedJson& rows) {
-  std::vector<std::string> columns;
-  std::vector<std::vector<std::pair<std::string, std::string>>> lines;
-  for (const OrderedJson& row : rows) {
-    flatten(row, "", lines.emplace_back());
-    if (lines.back().size() > columns.size()) {  // a row without quality has fewer
-      columns.clear();
-      for (const auto& [name, text] : lines.back()) columns.push_back(name);
-    }
-  }
-  std::string text = fmt::format("{}\n", fmt::join(columns, ","));
-  for (const auto& line : lines) {
-    std::vector<std::string> cells;
-    for (const std::string& column : columns) {
-      const auto found = std::find_if(line.begin(), line.end(), [&](const auto& cell) { return cell.first == column; });
-      cells.push_back(found == line.end() ? "" : found->second);
-    }
-    text += fmt::format("{}\n", fmt::join(cells, ","));
-  }
-  file.write(text);
-}
-
 void print_table(const Measurements& measurements) {
   fmt::print("{:<18}{:>8} {:<40}{:>9}{:>9}{:>9}{:>9}{:>11}{:>10}\n", "data", "tokens", "method", "density", "rel L2",
              "mass", "recall", "selection", "speed-up");
@@ -328,7 +289,7 @@ void run_compare(const Options& options, const std::string& command) {
   if (interrupted()) fmt::print(stderr, "interrupted: the report holds what was measured so far\n");
   const OrderedJson report = measurements.report(command);
   if (csv) {
-    write_csv(*csv, report["rows"]);
+    csv->write(csv_of(report["rows"]));
     csv->commit();
   }
   if (html) {

@@ -13,12 +13,15 @@
 #include "core/error.h"
 #include "eval/comparison.h"
 #include "eval/model_evaluation.h"
+#include "io/atomic_file.h"
 #include "io/mapped_file.h"
+#include "support/csv.h"
 #include "support/number_list.h"
 #include "support/progress.h"
 #include "support/result_log.h"
 #include "support/run_options.h"
 #include "tessera/method.h"
+#include "view/report_page.h"
 
 namespace tessera::cli {
 
@@ -43,6 +46,8 @@ struct Options {
   bool question_first = false;
   std::string text;
   std::string state;
+  std::string csv;
+  std::string html;
   std::string kv_dtype = "f32";
   RunFlags run;
   bool json = false;
@@ -204,12 +209,25 @@ void run_eval(const Options& options, const std::string& command) {
   require(options.samples > 0 && options.samples <= 100'000, "--samples is {}; expected 1 to 100000", options.samples);
   require(options.seed >= 0, "--seed is {}; expected 0 or more", options.seed);
   Evaluation evaluation(options);
+  // Made before the work: a place that cannot be written is found out at once.
+  std::optional<AtomicFile> csv;
+  std::optional<AtomicFile> html;
+  if (!options.csv.empty()) csv.emplace(options.csv);
+  if (!options.html.empty()) html.emplace(options.html);
   watch_interrupt();
   evaluation.run();
   const OrderedJson report = evaluation.report(command);
   if (interrupted()) {
     fmt::print(stderr, "interrupted: the report holds what was measured so far{}\n",
                options.state.empty() ? "" : fmt::format("; the same command goes on with {}", options.state));
+  }
+  if (csv) {
+    csv->write(csv_of(report["results"]));
+    csv->commit();
+  }
+  if (html) {
+    html->write(report_page(report));
+    html->commit();
   }
   if (options.json) {
     print_json(report);
@@ -224,9 +242,10 @@ void add_eval(CLI::App& app) {
   auto options = std::make_shared<Options>();
   std::vector<std::string> names;
   for (const eval::TaskInfo& task : eval::tasks()) names.push_back(task.name);
-  CLI::App* command = add_command(app, "eval", "A model's answers to generated tasks, with methods side by side",
-                                  "tessera eval --model models/tessera-bytes --tasks passkey,copy --lengths 1024,4096 "
-                                  "--methods dense,streaming,xattention --samples 20 --state eval.jsonl");
+  CLI::App* command =
+      add_command(app, "eval", "A model's answers to generated tasks, with methods side by side",
+                  "tessera eval --model models/tessera-bytes --tasks passkey,copy --lengths 1024,4096 "
+                  "--methods dense,streaming,xattention --samples 20 --state eval.jsonl --html eval.html");
   command->add_option("--model", options->model, "Folder with config.json, *.safetensors and tokenizer.json")
       ->required();
   command->add_option("--tasks", options->tasks, fmt::format("Tasks: {}, perplexity", fmt::join(names, ", ")))
@@ -242,6 +261,8 @@ void add_eval(CLI::App& app) {
   command->add_option("--state", options->state,
                       "File that keeps every result as it comes; a run that was ended goes on from it");
   command->add_option("--kv-dtype", options->kv_dtype, "f32, bf16 or f16")->capture_default_str();
+  command->add_option("--csv", options->csv, "Write the results as comma-separated values");
+  command->add_option("--html", options->html, "Write a page with curves, Pareto fronts and a table");
   add_run_options(*command, options->run);
   add_json_option(*command, options->json);
   command->callback([options, command] { run_eval(*options, command_text(*command)); });

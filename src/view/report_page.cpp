@@ -2,13 +2,29 @@
 
 #include <fmt/format.h>
 
+#include <array>
 #include <string_view>
 
+#include "core/error.h"
 #include "report_assets.h"
 
 namespace tessera {
 
 namespace {
+
+/// What the page of one kind of report consists of, beside what all share.
+struct Kind {
+  std::string_view name;
+  std::string_view title;
+  std::string_view body;
+  std::string_view script;
+  bool charts = true;
+};
+
+constexpr std::array kKinds{
+    Kind{"compare", "methods compared", report_assets::kCompareBody, report_assets::kCompareScript},
+    Kind{"eval", "answers compared", report_assets::kEvalBody, report_assets::kEvalScript},
+};
 
 /// JSON inside a script element: no text of the report may end the element.
 std::string embedded(const nlohmann::ordered_json& report) {
@@ -25,15 +41,25 @@ std::string embedded(const nlohmann::ordered_json& report) {
   return text;
 }
 
+const Kind& kind_of(const nlohmann::ordered_json& report) {
+  const auto name = report.value("kind", std::string());
+  for (const Kind& kind : kKinds) {
+    if (kind.name == name) return kind;
+  }
+  fail("a report of kind '{}' has no page", name);
+}
+
 }  // namespace
 
 std::string report_page(const nlohmann::ordered_json& report) {
+  const Kind& kind = kind_of(report);
   return fmt::format(
       "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n<meta name=viewport "
-      "content=\"width=device-width\">\n<title>Tessera: methods compared</title>\n<style>{}</style>\n</head>\n"
+      "content=\"width=device-width\">\n<title>Tessera: {}</title>\n<style>{}</style>\n</head>\n"
       "<body>\n{}\n<script id=report type=\"application/json\">{}</script>\n<script>{}</script>\n<script>{}</script>\n"
-      "</body>\n</html>\n",
-      report_assets::kStyle, report_assets::kBody, embedded(report), report_assets::kCharts, report_assets::kScript);
+      "<script>{}</script>\n</body>\n</html>\n",
+      kind.title, report_assets::kStyle, kind.body, embedded(report),
+      kind.charts ? report_assets::kCharts : std::string_view(), report_assets::kCommonScript, kind.script);
 }
 
 }  // namespace tessera

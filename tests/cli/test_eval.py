@@ -1,5 +1,6 @@
 """The command eval: its report, going on after an end, and its errors."""
 
+import csv
 import json
 import pathlib
 import unittest
@@ -63,6 +64,24 @@ class EvalTest(CommandLineTest):
         state.write_text(lines[0] + "{}\n")
         self.refuse(*command, saying=["line 2 is no result"])
 
+    def test_files(self):
+        rows_path = self.directory / "rows.csv"
+        page = self.directory / "page.html"
+        report = self.succeed_json("eval", *self.small, "--tasks", "passkey,copy", "--methods",
+                                   "dense,window:left=31,right=0", "--csv", rows_path, "--html", page)  # fmt: skip
+        with rows_path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        self.assertEqual([(row["task"], row["method"]) for row in rows],
+                         [(row["task"], row["method"]) for row in report["results"]])  # fmt: skip
+        for row, result in zip(rows, report["results"]):
+            self.assertEqual(float(row["score.mean"]), result["score"]["mean"])
+            self.assertEqual(float(row["difference.low"]), result["difference"]["low"])
+            # passkey has no code length, and comes first: the column is there all the same
+            self.assertEqual(row["gold_bits"], "" if result["gold_bits"] is None else str(result["gold_bits"]))
+        text = page.read_text()
+        self.assertIn("window:left=31", text)
+        self.assertNotIn("http://", text.split("<script>")[0])
+
     def test_text(self):
         text = self.succeed("eval", *self.small, "--tasks", "copy", "--methods", "dense")
         self.assertIn("copy", text)
@@ -79,6 +98,8 @@ class EvalTest(CommandLineTest):
             (("--tasks", "niah-strict", "--methods", "dense"), ["task niah-strict", "do not hold"]),
             (("--kv-dtype", "u8"), ["--kv-dtype"]),
             (("--state", self.directory / "none" / "x"), ["none"]),
+            (("--html", self.directory / "none" / "x.html"), ["none"]),
+            (("--csv", self.directory / "none" / "x.csv"), ["none"]),
         ):
             with self.subTest(arguments):
                 self.refuse("eval", *self.small, *arguments, saying=saying)

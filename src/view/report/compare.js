@@ -1,20 +1,9 @@
-// Draws the page from the report that lies in it.
+// Draws the page of `tessera compare`.
 "use strict";
 
-const report = JSON.parse(document.getElementById("report").textContent);
 const rows = report.rows;
-const element = (id) => document.getElementById(id);
-const unique = (values) => [...new Set(values)];
 const methods = unique(rows.map((row) => row.method));
-// The palette of Okabe and Ito, which colour-blind eyes tell apart; point shapes repeat the distinction.
-const colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8a00"];
-const shapes = ["circle", "triangle", "rect", "rectRot", "star", "cross", "crossRot", "dash"];
-const look = new Map(methods.map((method, i) => [method, {
-  colour: colours[i % colours.length],
-  shape: shapes[(i + Math.floor(i / colours.length)) % shapes.length],
-}]));
-const mean = (values) => values.reduce((sum, x) => sum + x, 0) / values.length;
-const geometric = (values) => Math.exp(mean(values.map((x) => Math.log(Math.max(x, 1e-12)))));
+const look = looksOf(methods);
 
 /// Draws of one setting as one point: keyed by target density, seeds averaged.
 function settings(data, length, method) {
@@ -37,26 +26,6 @@ function settings(data, length, method) {
   }));
 }
 
-/// Points that no other point beats in both directions. `sign` says whether small (1) or large (-1) x is good.
-function paretoFront(points, sign) {
-  const sorted = [...points].sort((a, b) => sign * (a.x - b.x) || a.y - b.y);
-  const front = [];
-  for (const point of sorted) {
-    if (front.length === 0 || point.y < front[front.length - 1].y) front.push(point);
-  }
-  return front;
-}
-
-const charts = new Map();
-function draw(id, configuration) {
-  charts.get(id)?.destroy();
-  configuration.options = { animation: false, maintainAspectRatio: false, ...configuration.options };
-  charts.set(id, new Chart(element(id), configuration));
-}
-
-const axis = (text, type, extra) => ({ type, title: { display: true, text }, ...extra });
-const short = (value) => Number(value).toPrecision(3).replace(/\.?0+$/, "");
-
 function curves(id, { x, y, xTitle, yTitle, xType = "logarithmic", yType = "logarithmic", sign = 1, front = true }) {
   const data = element("data-choice").value;
   const length = Number(element("length-choice").value);
@@ -67,17 +36,9 @@ function curves(id, { x, y, xTitle, yTitle, xType = "logarithmic", yType = "loga
       .filter((point) => point.y > 1e-9 || yType === "linear")
       .sort((a, b) => a.x - b.x);
     all.push(...points);
-    return {
-      label: method, data: points, showLine: true, borderWidth: 1.5, borderColor: look.get(method).colour,
-      backgroundColor: look.get(method).colour, pointStyle: look.get(method).shape, pointRadius: 5,
-    };
+    return dataset(method, look.get(method), points);
   });
-  if (front) {
-    datasets.push({
-      label: "Pareto front", data: paretoFront(all, sign), showLine: true, borderColor: "#777", borderDash: [5, 4],
-      borderWidth: 1, pointRadius: 0,
-    });
-  }
+  if (front) datasets.push(frontOf(all, sign));
   draw(id, {
     type: "scatter",
     data: { datasets },
@@ -129,13 +90,10 @@ function lengths() {
   draw("length-error", {
     type: "scatter",
     data: {
-      datasets: methods.map((method) => ({
-        label: method, showLine: true, borderColor: look.get(method).colour, backgroundColor: look.get(method).colour,
-        borderWidth: 1.5, pointStyle: look.get(method).shape, pointRadius: 5,
-        data: all.flatMap((length) => settings(data, length, method)
+      datasets: methods.map((method) => dataset(method, look.get(method),
+        all.flatMap((length) => settings(data, length, method)
           .filter((setting) => String(setting.target) === target && setting.error > 1e-9)
-          .map((setting) => ({ x: length, y: setting.error }))),
-      })),
+          .map((setting) => ({ x: length, y: setting.error }))))),
     },
     options: {
       scales: { x: axis("tokens", "logarithmic"), y: axis("relative L2 error", "logarithmic") },
@@ -166,62 +124,14 @@ const columns = [
   ["dense ms", (row) => row.dense_ms], ["speed-up", (row) => row.speed_up],
 ];
 
-function fillTable(sorted) {
-  const body = element("rows").tBodies[0];
-  body.replaceChildren(...sorted.map((row) => {
-    const line = document.createElement("tr");
-    for (const [, value] of columns) {
-      const cell = document.createElement("td");
-      const content = value(row);
-      const text = typeof content === "string";
-      cell.textContent = content === undefined || content === null ? "" : text ? content
-        : Number.isInteger(content) ? String(content) : short(content);
-      if (text) cell.className = "text";
-      line.append(cell);
-    }
-    return line;
-  }));
-}
-
-function makeTable() {
-  const head = document.createElement("tr");
-  columns.forEach(([name, value]) => {
-    const cell = document.createElement("th");
-    cell.textContent = name;
-    if (rows.length > 0 && typeof value(rows[0]) === "string") cell.className = "text";
-    cell.addEventListener("click", () => {
-      const descending = cell.getAttribute("aria-sort") === "ascending";
-      for (const other of head.cells) other.removeAttribute("aria-sort");
-      cell.setAttribute("aria-sort", descending ? "descending" : "ascending");
-      const order = (a, b) => {
-        const x = value(a);
-        const y = value(b);
-        if (x === undefined || x === null) return 1;  // missing values stay at the end
-        if (y === undefined || y === null) return -1;
-        return (descending ? -1 : 1) * (x < y ? -1 : x > y ? 1 : 0);
-      };
-      fillTable([...rows].sort(order));
-    });
-    head.append(cell);
-  });
-  element("rows").tHead.append(head);
-  fillTable(rows);
-}
-
-function fillChoice(id, values, text = String) {
-  element(id).replaceChildren(...values.map((value) => new Option(text(value), String(value))));
-  element(id).addEventListener("change", drawAll);
-}
-
 element("summary").textContent = `${rows.length} measurements, ${report.isa}, ${report.threads} threads, ` +
   `${report.dtype}; peak ${short(report.peak_gflops)} GFLOP/s, ${short(report.peak_gbps)} GB/s`;
-element("command").textContent = report.command;
 element("partial").hidden = report.complete;
-fillChoice("data-choice", unique(rows.map((row) => row.data)));
-fillChoice("length-choice", unique(rows.map((row) => row.len)).sort((a, b) => b - a));
+fillChoice("data-choice", unique(rows.map((row) => row.data)), drawAll);
+fillChoice("length-choice", unique(rows.map((row) => row.len)).sort((a, b) => b - a), drawAll);
 fillChoice("density-choice", unique(rows.map((row) => row.target_density)).sort((a, b) => (b ?? 2) - (a ?? 2)),
-           (value) => value === null ? "its own setting" : `density ${value}`);
-makeTable();
+           drawAll, (value) => value === null ? "its own setting" : `density ${value}`);
+makeTable("rows", columns, rows);
 drawAll();
 for (const skip of report.skipped) {
   const line = document.createElement("p");
