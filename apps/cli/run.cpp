@@ -12,10 +12,10 @@
 
 #include "command.h"
 #include "core/error.h"
-#include "io/json.h"
 #include "io/safetensors.h"
 #include "support/measure.h"
 #include "support/progress.h"
+#include "support/prompt.h"
 #include "support/qkv_file.h"
 #include "support/run_options.h"
 #include "tessera/model.h"
@@ -42,18 +42,6 @@ struct Options {
   RunFlags run;
   bool json = false;
 };
-
-std::string read_prompt(const std::string& path) {
-  if (path != "-") return read_text_file(path);
-  std::string text;
-  std::array<char, 65536> buffer{};
-  while (const std::size_t count = std::fread(buffer.data(), 1, buffer.size(), stdin)) {
-    text.append(buffer.data(), count);
-    require(text.size() <= JsonLimits{}.bytes, "--prompt -: more than {} bytes", JsonLimits{}.bytes);
-  }
-  require(std::ferror(stdin) == 0, "--prompt -: standard input cannot be read");
-  return text;
-}
 
 /// Logits of the whole prompt, for --logits-out.
 class LogitsFile {

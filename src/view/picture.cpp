@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "core/error.h"
+#include "view/packed_bytes.h"
 
 namespace tessera {
 
@@ -88,16 +89,7 @@ std::vector<std::byte> png_of(const PlanMap& map) {
 }
 
 std::string data_uri(std::string_view type, std::span<const std::byte> bytes) {
-  constexpr std::string_view digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-  std::string text = fmt::format("data:{};base64,", type);
-  for (std::size_t i = 0; i < bytes.size(); i += 3) {
-    const std::size_t count = std::min<std::size_t>(3, bytes.size() - i);
-    std::uint32_t group = 0;
-    for (std::size_t b = 0; b < 3; ++b)
-      group = group << 8 | (b < count ? std::to_integer<std::uint32_t>(bytes[i + b]) : 0);
-    for (std::size_t d = 0; d < 4; ++d) text += d <= count ? digits[group >> (18 - 6 * d) & 63] : '=';
-  }
-  return text;
+  return fmt::format("data:{};base64,{}", type, base64(bytes));
 }
 
 }  // namespace tessera

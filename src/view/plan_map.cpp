@@ -13,12 +13,32 @@ namespace tessera {
 PlanMap::PlanMap(std::int64_t queries, std::int64_t keys, std::int64_t most_cells) : queries_(queries), keys_(keys) {
   require(queries > 0 && keys > 0 && most_cells > 0,
           "a plan map of {} x {} positions in {} cells; expected positive sizes", queries, keys, most_cells);
-  query_cell_ = ceil_div(queries, most_cells);
-  key_cell_ = ceil_div(keys, most_cells);
-  rows_ = ceil_div(queries, query_cell_);
-  columns_ = ceil_div(keys, key_cell_);
+  set_cells(ceil_div(queries, most_cells), ceil_div(keys, most_cells));
+}
+
+PlanMap PlanMap::of_call(const Problem& problem, std::int64_t sequence, std::int64_t cell) {
+  require(sequence >= 0 && sequence < problem.batch, "sequence {} of a call with {}", sequence, problem.batch);
+  require(cell > 0, "a plan map with cells of {} tokens; expected 1 or more", cell);
+  PlanMap map;
+  map.origin_ = problem.q_offset_of(sequence);
+  map.queries_ = problem.q_len_of(sequence);
+  map.keys_ = problem.kv_len_of(sequence);
+  map.set_cells(cell, cell);
+  return map;
+}
+
+void PlanMap::set_cells(std::int64_t query_cell, std::int64_t key_cell) {
+  query_cell_ = query_cell;
+  key_cell_ = key_cell;
+  rows_ = ceil_div(queries_, query_cell_);
+  columns_ = ceil_div(keys_, key_cell_);
   computed_.assign(static_cast<std::size_t>(rows_ * columns_), 0);
   allowed_.assign(computed_.size(), 0);
+}
+
+PlanMap::SourceKind PlanMap::kind_of(const KeySourceInfo& source) {
+  if (source.name.starts_with("mean of ") || source.name == "compressed") return SourceKind::pooled;
+  return source.name == "tile means" ? SourceKind::corrected : SourceKind::rest;
 }
 
 template <class Body>
@@ -34,10 +54,10 @@ void PlanMap::for_each_cell(std::int64_t begin, std::int64_t end, std::int64_t c
 void PlanMap::add_allowed(const Plan& plan, std::int64_t sequence) {
   const Problem& problem = plan.problem;
   const Window window = problem.causal ? Window{-1, 0} : Window{};
-  const std::int64_t first = problem.q_offset_of(sequence);
+  const std::int64_t first = problem.q_offset_of(sequence) - origin_;
   for_each_cell(first, first + problem.q_len_of(sequence), query_cell_, [&](auto row, auto top, auto bottom) {
     for_each_cell(0, problem.kv_len_of(sequence), key_cell_, [&](auto column, auto begin, auto end) {
-      allowed_[row * columns_ + column] += pairs_in_window(window, top, bottom - top, begin, end);
+      allowed_[row * columns_ + column] += pairs_in_window(window, origin_ + top, bottom - top, begin, end);
     });
   });
 }
@@ -47,23 +67,34 @@ void PlanMap::add_tile(const Plan& plan, std::int64_t block, std::int64_t tile) 
   const std::int64_t rows = view.rows_of(tile);
   std::vector<Piece> pieces;
   for (const PlanEntry& entry : plan.row(plan.row_begin[block] + tile)) {
-    if (entry.source == 0) append_pieces(plan, block, entry, pieces);
+    append_pieces(plan, block, entry, pieces);
   }
   std::vector<std::uint64_t> words;
+  if (std::any_of(pieces.begin(), pieces.end(), [&](const Piece& piece) {
+        return piece.source != 0 && kind_of(plan.sources[piece.source]) == SourceKind::rest;
+      })) {
+    rest_rows_.resize(static_cast<std::size_t>(rows_), 0);
+    for (std::int64_t row = 0; row < rows; ++row)
+      ++rest_rows_[static_cast<std::size_t>(row_of(view.query_position(tile * view.tile_q + row)))];
+  }
   for (const Piece& piece : pieces) {
+    if (piece.source != 0) {
+      if (kind_of(plan.sources[piece.source]) != SourceKind::rest) add_derived(plan, view, tile, piece);
+      continue;
+    }
     if (view.in_order() && piece.mask != EntryMask::bitmask) {
       const Window window = piece.mask == EntryMask::band ? plan.bands[piece.mask_index] : Window{};
-      const std::int64_t first = view.query_position(tile * view.tile_q);
+      const std::int64_t first = view.query_position(tile * view.tile_q) - origin_;
       for_each_cell(first, first + rows, query_cell_, [&](auto row, auto top, auto bottom) {
         for_each_cell(piece.begin, piece.end, key_cell_, [&](auto column, auto begin, auto end) {
-          computed_at(row, column) += pairs_in_window(window, top, bottom - top, begin, end);
+          computed_at(row, column) += pairs_in_window(window, origin_ + top, bottom - top, begin, end);
         });
       });
       continue;
     }
     words.resize(static_cast<std::size_t>(mask_words_of(piece.end - piece.begin)));
     for (std::int64_t row = 0; row < rows; ++row) {
-      const std::int64_t map_row = view.query_position(tile * view.tile_q + row) / query_cell_;
+      const std::int64_t map_row = row_of(view.query_position(tile * view.tile_q + row));
       row_bits(plan, view, tile, row, piece, piece.begin, piece.end, words);
       for (std::size_t w = 0; w < words.size(); ++w) {
         for (std::uint64_t rest = words[w]; rest != 0; rest &= rest - 1) {
@@ -75,11 +106,56 @@ void PlanMap::add_tile(const Plan& plan, std::int64_t block, std::int64_t tile) 
   }
 }
 
+/// An entry of a pooled source stands for as many keys as there are per entry, in the order of the plan's keys. The
+/// compressed tokens of overlapping stretches are taken for the stretch between their beginnings.
+void PlanMap::add_derived(const Plan& plan, const BlockView& view, std::int64_t tile, const Piece& piece) {
+  const KeySourceInfo& source = plan.sources[piece.source];
+  const std::int64_t members = ceil_div(view.keys, std::max<std::int64_t>(source.keys, 1));
+  std::vector<std::int64_t>& plane = kind_of(source) == SourceKind::pooled ? pooled_ : corrected_;
+  if (plane.empty()) plane.assign(computed_.size(), 0);
+  std::vector<std::uint64_t> words(static_cast<std::size_t>(mask_words_of(piece.end - piece.begin)));
+  std::vector<std::int64_t> keys_of_column(static_cast<std::size_t>(columns_));
+  const std::int64_t rows = view.rows_of(tile);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    // Without a mask every row sees the same.
+    if (row == 0 || piece.mask != EntryMask::none) {
+      std::fill(keys_of_column.begin(), keys_of_column.end(), 0);
+      row_bits(plan, view, tile, row, piece, piece.begin, piece.end, words);
+      for (std::size_t w = 0; w < words.size(); ++w) {
+        for (std::uint64_t bits = words[w]; bits != 0; bits &= bits - 1) {
+          const std::int64_t entry = piece.begin + static_cast<std::int64_t>(w) * 64 + std::countr_zero(bits);
+          for (std::int64_t i = entry * members; i < std::min((entry + 1) * members, view.keys); ++i) {
+            ++keys_of_column[static_cast<std::size_t>(view.key_position(i) / key_cell_)];
+          }
+        }
+      }
+    }
+    const std::int64_t map_row = row_of(view.query_position(tile * view.tile_q + row));
+    for (std::int64_t column = 0; column < columns_; ++column) {
+      plane[static_cast<std::size_t>(map_row * columns_ + column)] += keys_of_column[static_cast<std::size_t>(column)];
+    }
+  }
+}
+
+std::int64_t PlanMap::pooled(std::int64_t row, std::int64_t column) const {
+  const auto cell = static_cast<std::size_t>(row * columns_ + column);
+  return pooled_.empty() ? 0 : std::min(pooled_[cell], allowed_[cell] - computed_[cell]);
+}
+
+std::int64_t PlanMap::corrected(std::int64_t row, std::int64_t column) const {
+  const auto cell = static_cast<std::size_t>(row * columns_ + column);
+  const std::int64_t left = allowed_[cell] - computed_[cell] - pooled(row, column);
+  if (!corrected_.empty() && corrected_[cell] > 0) return std::min(corrected_[cell], left);
+  if (rest_rows_.empty()) return 0;
+  const std::int64_t rows = std::min(query_cell_, queries_ - row * query_cell_);
+  return left * rest_rows_[static_cast<std::size_t>(row)] / rows;
+}
+
 void PlanMap::add(const Plan& plan, std::int64_t sequence, std::int64_t q_head) {
   const Problem& problem = plan.problem;
   require(sequence >= 0 && sequence < problem.batch, "sequence {} of a plan with {}", sequence, problem.batch);
   require(q_head >= 0 && q_head < problem.q_heads, "query head {} of a plan with {}", q_head, problem.q_heads);
-  const std::int64_t first = problem.q_offset_of(sequence);
+  const std::int64_t first = problem.q_offset_of(sequence) - origin_;
   const std::int64_t last = first + problem.q_len_of(sequence);
   const std::int64_t keys = problem.kv_len_of(sequence);
   require(first >= 0 && last <= queries_ && keys <= keys_,

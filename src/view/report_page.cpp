@@ -24,6 +24,7 @@ struct Kind {
 constexpr std::array kKinds{
     Kind{"compare", "methods compared", report_assets::kCompareBody, report_assets::kCompareScript},
     Kind{"eval", "answers compared", report_assets::kEvalBody, report_assets::kEvalScript},
+    Kind{"view", "attention and plans", report_assets::kViewBody, report_assets::kViewScript, false},
 };
 
 /// JSON inside a script element: no text of the report may end the element.

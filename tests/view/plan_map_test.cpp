@@ -79,6 +79,75 @@ TEST(PlanMap, ChunksAddUpToTheWhole) {
   }
 }
 
+TEST(PlanMap, OfACallHasItsQueriesAsRows) {
+  for (std::uint64_t seed = 0; seed < 100; ++seed) {
+    SCOPED_TRACE(seed);
+    Random random(seed);
+    testing::RandomPlanOptions options;
+    options.query_orders = seed % 2 == 0;
+    options.key_orders = seed % 3 == 0;
+    const Plan plan = testing::random_plan(random, testing::random_problem(random), options);
+    const Problem& problem = plan.problem;
+    const std::int64_t sequence = testing::uniform(random, 0, problem.batch - 1);
+    const std::int64_t head = testing::uniform(random, 0, problem.q_heads - 1);
+    const std::int64_t cell = testing::uniform(random, 1, 40);
+    PlanMap map = PlanMap::of_call(problem, sequence, cell);
+    map.add(plan, sequence, head);
+    const auto mask = dense_mask(plan);
+    std::vector<std::int64_t> computed(static_cast<std::size_t>(map.rows() * map.columns()), 0);
+    std::vector<std::int64_t> allowed(computed.size(), 0);
+    for (std::int64_t q = 0; q < problem.q_len_of(sequence); ++q) {
+      for (std::int64_t k = 0; k < problem.kv_len_of(sequence); ++k) {
+        const std::int64_t row = (problem.tensor_batch_of(sequence) * problem.q_heads + head) * problem.q_len +
+                                 problem.q_begin_of(sequence) + q;
+        const std::int64_t at = q / cell * map.columns() + k / cell;
+        computed[at] += mask[row * problem.kv_len + problem.kv_begin_of(sequence) + k];
+        allowed[at] += !problem.causal || k <= problem.q_offset_of(sequence) + q ? 1 : 0;
+      }
+    }
+    for (std::int64_t row = 0; row < map.rows(); ++row) {
+      for (std::int64_t column = 0; column < map.columns(); ++column) {
+        ASSERT_EQ(map.computed(row, column), computed[row * map.columns() + column]) << row << ' ' << column;
+        ASSERT_EQ(map.allowed(row, column), allowed[row * map.columns() + column]) << row << ' ' << column;
+        ASSERT_EQ(map.pooled(row, column) + map.corrected(row, column), 0);
+      }
+    }
+  }
+}
+
+TEST(PlanMap, DerivedSourcesStandForTheirKeys) {
+  Problem problem;
+  problem.q_len = problem.kv_len = 32;
+  problem.head_dim = problem.value_dim = 16;
+  PlanBuilder builder(problem, 16, 8, 1, 1);
+  const std::uint16_t means = builder.add_source({"mean of 4", 8, false});
+  const std::uint16_t tiles = builder.add_source({"tile means", 4, false});
+  const std::uint16_t sampled = builder.add_source({"sampled keys", 5, true});
+  builder.tiles(0, 1);                           // keys 0 to 7
+  builder.run(2, 3, EntryMask::none, 0, means);  // keys 8 to 19
+  builder.run(3, 1, EntryMask::none, 0, tiles);  // keys 24 to 31
+  builder.end_row();
+  builder.tiles(1, 1);
+  builder.run(0, 5, EntryMask::none, 0, sampled);
+  builder.end_row();
+  PlanMap map = PlanMap::of_call(problem, 0, 8);
+  map.add(std::move(builder).finish(), 0, 0);
+  const auto row_of = [&](std::int64_t row, auto pairs) {
+    std::vector<std::int64_t> values;
+    for (std::int64_t column = 0; column < 4; ++column) values.push_back((map.*pairs)(row, column));
+    return values;
+  };
+  using Row = std::vector<std::int64_t>;
+  for (const std::int64_t row : {0, 1}) {
+    EXPECT_EQ(row_of(row, &PlanMap::computed), (Row{64, 0, 0, 0}));
+    EXPECT_EQ(row_of(row, &PlanMap::pooled), (Row{0, 64, 32, 0}));
+    EXPECT_EQ(row_of(row, &PlanMap::corrected), (Row{0, 0, 0, 64}));
+  }
+  EXPECT_EQ(row_of(2, &PlanMap::computed), (Row{0, 64, 0, 0}));
+  EXPECT_EQ(row_of(2, &PlanMap::pooled), (Row{0, 0, 0, 0}));
+  EXPECT_EQ(row_of(2, &PlanMap::corrected), (Row{64, 0, 64, 64}));
+}
+
 TEST(PlanMap, RefusesWhatDoesNotFit) {
   Problem problem;
   problem.q_len = problem.kv_len = 32;

@@ -32,7 +32,8 @@ function draw(id, configuration) {
 }
 
 const axis = (text, type, extra) => ({ type, title: { display: true, text }, ...extra });
-const short = (value) => Number(value).toPrecision(3).replace(/\.?0+$/, "");
+const short = (value) => Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en")
+  : Number(value).toPrecision(3).replace(/(\.[0-9]*?)0+$/, "$1").replace(/\.$/, "");
 
 /// One dataset of points in the look of a method.
 const dataset = (method, look, data, extra) => ({

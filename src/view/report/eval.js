@@ -83,6 +83,10 @@ function drawCosts() {
                                    ["score-time", time, "milliseconds, median"],
                                    ["score-cache", (row) => row.cache_mb, "MB of keys and values"]]) {
     const all = points(task, length, cost);
+    // Scores that hardly differ should not look as if they did.
+    const heights = all.map((point) => point.y);
+    const room = task === kPerplexity ? {}
+      : { min: Math.max(0, Math.min(...heights) - 0.05), max: Math.min(1, Math.max(...heights) + 0.05) };
     draw(id, {
       type: "scatter",
       data: {
@@ -90,7 +94,7 @@ function drawCosts() {
                    frontOf(all, 1, sign)],
       },
       options: {
-        scales: { x: axis(title, "linear", { min: 0 }), y: axis(yTitle, "linear") },
+        scales: { x: axis(title, "linear", { min: 0 }), y: axis(yTitle, "linear", room) },
         plugins: {
           legend: { position: "bottom", labels: { usePointStyle: true } },
           tooltip: { callbacks: { label: ({ raw }) => raw.method && `${raw.method}: ${short(raw.y)} at ${short(raw.x)}` } },
