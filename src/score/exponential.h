@@ -1,60 +1,46 @@
-// Softmax arithmetic over rows of scores: written so that the compiler vectorises it, with a fixed order of sums.
+// Softmax arithmetic over rows of scores: plain loops that compilers vectorise, with a fixed order of sums.
 #pragma once
 
-#include <array>
 #include <bit>
 #include <cstdint>
 #include <limits>
 
 namespace tessera::score {
 
-/// exp(x) for x <= 88 with relative error below 3e-7; 0 below -87; NaN stays NaN.
-inline float exponential(float x) {
-  constexpr float round_to_integer = 12582912.0F;  // 1.5 * 2^23: adding it leaves the integer in the low bits
-  const float shifted = x * 1.44269504F + round_to_integer;
-  const float n = shifted - round_to_integer;
-  const float r = (x - n * 0.693145752F) - n * 1.42860677e-6F;
-  float p = 1.9875691500e-4F;
-  p = p * r + 1.3981999507e-3F;
-  p = p * r + 8.3334519073e-3F;
-  p = p * r + 4.1665795894e-2F;
-  p = p * r + 1.6666665459e-1F;
-  p = p * r + 5.0000001201e-1F;
-  p = p * (r * r) + r + 1.0F;
-  const float power = std::bit_cast<float>((std::bit_cast<std::uint32_t>(shifted) + 127U) << 23);
-  return x < -87.0F ? 0.0F : p * power;
-}
+/// As they are compiled for the baseline machine, for short rows and single numbers.
+namespace baseline {
+#include "score/exponential-inl.h"
+}  // namespace baseline
+
+using baseline::exponential;
+
+/// The same for the best instruction set of the machine.
+struct RowLevel {
+  float (*maximum)(const float* row, std::int64_t count);
+  void (*exponentiate)(float* row, std::int64_t count, float shift);
+  float (*sum)(const float* row, std::int64_t count);
+};
+const RowLevel& row_level();
+
+constexpr std::int64_t kShortRow = 32;  ///< not worth a call
 
 /// Largest of count scores, ignoring NaN; -inf when there is none.
 inline float row_maximum(const float* row, std::int64_t count) {
-  constexpr int lanes = 16;
-  std::array<float, lanes> best;
-  best.fill(-std::numeric_limits<float>::infinity());
-  std::int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) {
-    for (int l = 0; l < lanes; ++l) best[l] = row[i + l] > best[l] ? row[i + l] : best[l];
-  }
-  for (; i < count; ++i) best[0] = row[i] > best[0] ? row[i] : best[0];
-  float maximum = best[0];
-  for (int l = 1; l < lanes; ++l) maximum = best[l] > maximum ? best[l] : maximum;
-  return maximum;
+  return count < kShortRow ? baseline::row_maximum(row, count) : row_level().maximum(row, count);
 }
 
 /// row[i] = exp(row[i] - shift). A NaN score gives NaN, and so does every score when the shift is infinite.
 inline void exponentiate(float* row, std::int64_t count, float shift) {
-  for (std::int64_t i = 0; i < count; ++i) row[i] = exponential(row[i] - shift);
+  if (count < kShortRow) {
+    baseline::exponentiate(row, count, shift);
+  } else {
+    row_level().exponentiate(row, count, shift);
+  }
 }
 
 /// Sum in a fixed order, the same for every build.
 inline float row_sum(const float* row, std::int64_t count) {
-  constexpr int lanes = 8;
-  std::array<float, lanes> sum{};
-  std::int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) {
-    for (int l = 0; l < lanes; ++l) sum[l] += row[i + l];
-  }
-  for (; i < count; ++i) sum[i % lanes] += row[i];
-  return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+  return count < kShortRow ? baseline::row_sum(row, count) : row_level().sum(row, count);
 }
 
 }  // namespace tessera::score
