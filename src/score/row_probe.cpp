@@ -14,6 +14,9 @@ namespace {
 
 constexpr std::int64_t kPanelKeys = 1024;
 
+/// Without known LSEs the exponentials of all rows are kept, relative to the maximum so far, up to this many.
+constexpr std::int64_t kMostKept = std::int64_t{1} << 24;
+
 /// Folds one panel of scores into a row's running maximum and sum.
 void accumulate(float* row, std::int64_t count, float& maximum, float& sum) {
   const float panel_maximum = row_maximum(row, count);
@@ -31,29 +34,41 @@ void visit_probabilities(const Problem& problem, const AttentionInputs& inputs, 
                          std::int64_t q_head, std::int64_t first, std::int64_t rows, std::int64_t keys,
                          const Visible& visible, std::span<const float> lse, ProbeBuffers& buffers, const Take& take) {
   const std::int64_t dim = problem.head_dim;
+  const std::int64_t panels = (keys + kPanelKeys - 1) / kPanelKeys;
+  const bool keep = lse.empty() && rows * panels * kPanelKeys <= kMostKept;
   buffers.queries.resize(static_cast<std::size_t>(rows * dim));
   load_queries(problem, inputs, sequence, q_head, first, rows, buffers.queries.data());
-  buffers.scores.resize(static_cast<std::size_t>(rows * kPanelKeys));
+  buffers.scores.resize(static_cast<std::size_t>(rows * kPanelKeys * (keep ? panels : 1)));
   buffers.maximum.assign(static_cast<std::size_t>(rows), -std::numeric_limits<float>::infinity());
   buffers.sum.assign(static_cast<std::size_t>(rows), 0.0F);
+  buffers.panel_maximum.resize(static_cast<std::size_t>(keep ? rows * panels : 0));
   for (const bool second_pass : {false, true}) {
     if (!second_pass && !lse.empty()) continue;
-    for (std::int64_t begin = 0; begin < keys; begin += kPanelKeys) {
+    for (std::int64_t panel = 0; panel < panels; ++panel) {
+      const std::int64_t begin = panel * kPanelKeys;
       const std::int64_t count = std::min(kPanelKeys, keys - begin);
-      const float* panel =
-          key_rows(problem, inputs, sequence, q_head / problem.group(), begin, count, count, buffers.keys);
-      multiply_transposed(buffers.queries.data(), rows, dim, panel, count, dim, dim, problem.softmax_scale(),
-                          buffers.scores.data(), kPanelKeys);
+      float* scores = buffers.scores.data() + (keep ? panel * rows * kPanelKeys : 0);
+      if (!second_pass || !keep) {
+        const float* key_panel =
+            key_rows(problem, inputs, sequence, q_head / problem.group(), begin, count, count, buffers.keys);
+        multiply_transposed(buffers.queries.data(), rows, dim, key_panel, count, dim, dim, problem.softmax_scale(),
+                            scores, kPanelKeys);
+      }
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t seen = std::min(count, visible(r) - begin);
         if (seen <= 0) continue;
-        float* row = buffers.scores.data() + r * kPanelKeys;
+        float* row = scores + r * kPanelKeys;
         if (!second_pass) {
           accumulate(row, seen, buffers.maximum[r], buffers.sum[r]);
+          if (keep) buffers.panel_maximum[panel * rows + r] = buffers.maximum[r];
           continue;
         }
-        exponentiate(row, seen, lse.empty() ? buffers.maximum[r] : lse[r]);
-        const float inverse = lse.empty() ? 1.0F / buffers.sum[r] : 1.0F;
+        float inverse = lse.empty() ? 1.0F / buffers.sum[r] : 1.0F;
+        if (keep) {
+          inverse *= exponential(buffers.panel_maximum[panel * rows + r] - buffers.maximum[r]);
+        } else {
+          exponentiate(row, seen, lse.empty() ? buffers.maximum[r] : lse[r]);
+        }
         for (std::int64_t j = 0; j < seen; ++j) row[j] *= inverse;
         take(begin, r, row, seen);
       }

@@ -34,11 +34,13 @@ struct ProbeBuffers {
   std::vector<float> scores;
   std::vector<float> maximum;
   std::vector<float> sum;
+  std::vector<float> panel_maximum;
   std::vector<float> diagonals;
 };
 
 /// Probes query rows [first, first + rows) of (sequence, query head). Two passes over the keys (maximum and sum, then
-/// probabilities), so memory is O(keys). NaN scores make the columns and offsets of their rows NaN.
+/// probabilities); the second one reads what the first one kept while that is 64 MiB or less. NaN scores make the
+/// columns and offsets of their rows NaN.
 void probe_rows(const Problem& problem, const AttentionInputs& inputs, std::int64_t sequence, std::int64_t q_head,
                 std::int64_t first, std::int64_t rows, bool want_offsets, LineScores& out, ProbeBuffers& buffers,
                 const ProbedKeys& seen = {});

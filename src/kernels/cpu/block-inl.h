@@ -269,9 +269,41 @@ inline void note_tile_peaks(const Call& call, TileScratch& scratch, std::int64_t
   }
 }
 
+/// Whether all groups of the block are raw keys of one key tile.
+inline bool is_one_tile(const Call& call, const TileScratch& scratch) {
+  const std::int64_t tile = scratch.groups[0].first_key / call.plan.tile_k;
+  for (std::int32_t g = 0; g < scratch.group_count; ++g) {
+    const KeyGroup& group = scratch.groups[g];
+    const bool inside = group.first_key / call.plan.tile_k == tile && group.last_key / call.plan.tile_k == tile;
+    if (scratch.key_source[g] != nullptr || !inside) return false;
+  }
+  return true;
+}
+
+/// Raises the largest scores of rows [begin, end), and those of the tile that the whole block lies in if one is wanted.
+inline void note_block_peaks(const Call& call, TileScratch& scratch, std::int64_t begin, std::int64_t end) {
+  const std::int64_t tile = scratch.groups[0].first_key / call.plan.tile_k;
+  for (std::int64_t row = begin; row < end; ++row) {
+    const float* scores = scratch.scores + row * kBlockKeys;
+    Vec highest = set1(kMinusInfinity);
+    for (std::int64_t c = 0; c < scratch.group_count * kGroupKeys; c += kLanes) {
+      highest = at_least(load(scores + c), highest);
+    }
+    const float peak = reduce_max(highest);
+    scratch.row_peak[row] = std::max(scratch.row_peak[row], peak);
+    if (scratch.tile_peak == nullptr) continue;
+    float& of_tile = scratch.tile_peak[row * scratch.tile_peak_count + tile];
+    of_tile = std::max(of_tile, peak);
+  }
+}
+
 /// Maxima of rows [begin, end) of a block whose scores are ready, for by-products and the online skip.
 inline void follow_maxima(const Call& call, const ScoreRule& rule, const TileJob& job, TileScratch& scratch,
                           std::int64_t begin, std::int64_t end) {
+  if (!call.online_skip.used() && (scratch.tile_peak == nullptr || is_one_tile(call, scratch))) {
+    note_block_peaks(call, scratch, begin, end);
+    return;
+  }
   find_group_peaks(scratch, begin, end);
   if (call.online_skip.used()) {
     std::fill(scratch.skipped_groups + begin, scratch.skipped_groups + end, 0U);
