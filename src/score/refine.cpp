@@ -1,13 +1,11 @@
 #include "score/refine.h"
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cmath>
 #include <functional>
 #include <limits>
 #include <numeric>
-#include <utility>
 
 #include "score/top_k.h"
 
@@ -149,80 +147,83 @@ Chunks Chunks::split(std::int64_t smaller) const {
   return parts;
 }
 
+namespace {
+
+/// Where the search inside a chunk stands: [left, right), and the scores that are known from the way here. Keys are met
+/// again only where halves have one key: the middle of an interval stood for it one level above, its first key may have
+/// been a middle before.
+struct Interval {
+  std::int32_t left = 0;
+  std::int32_t right = 0;
+  float of_first = 0;
+  float of_middle = 0;
+  bool first_known = false;
+  bool middle_known = false;
+
+  std::int32_t middle() const { return left + (right - left) / 2; }
+  std::int32_t left_key() const { return left + (middle() - left) / 2; }
+  std::int32_t right_key() const { return middle() + (right - middle()) / 2; }
+  /// Of an interval of at least two keys.
+  bool left_known() const { return first_known && middle() - left == 1; }
+  bool right_known() const { return middle_known && right - middle() == 1; }
+
+  void descend(bool to_right, float of_left, float of_right) {
+    if (to_right) {
+      left = middle();
+      of_first = of_middle;
+      first_known = middle_known;
+    } else {
+      right = middle();
+    }
+    of_middle = to_right ? of_right : of_left;
+    middle_known = true;
+  }
+};
+
+}  // namespace
+
 Chunks search_chunks(const Chunks& candidates, std::int64_t keep, const ScoreKeys& score) {
   const std::size_t count = candidates.begins.size();
   if (static_cast<std::int64_t>(count) <= keep) return candidates;
-  struct Interval {
-    std::int32_t left;
-    std::int32_t right;
-  };
   std::vector<Interval> intervals(count);
   std::vector<float> best(count, -std::numeric_limits<float>::infinity());
   std::vector<std::int32_t> keys;
-  std::vector<std::size_t> places;  // where the scores of an interval's two keys are
   std::vector<float> scores;
-  std::vector<std::size_t> searched;
-  for (std::size_t i = 0; i < count; ++i) {
-    const std::int64_t begin = candidates.begins[i];
-    intervals[i] = {candidates.begins[i],
-                    static_cast<std::int32_t>(std::min(begin + candidates.chunk, candidates.end))};
-    searched.push_back(i);
-  }
-  // A chunk of one key is that key.
-  for (const std::size_t i : searched) {
-    if (intervals[i].right - intervals[i].left == 1) keys.push_back(intervals[i].left);
-  }
-  scores.resize(keys.size());
-  if (!keys.empty()) score(keys, scores.data());
-  std::size_t next = 0;
-  for (const std::size_t i : searched) {
-    if (intervals[i].right - intervals[i].left == 1) best[i] = scores[next++];
-  }
-  // Keys already scored inside each chunk, at most two per level: the last levels meet them again.
-  const auto most = 2 * static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(candidates.chunk)));
-  std::vector<std::pair<std::int32_t, float>> seen(count * most);
-  std::vector<std::uint8_t> used(count, 0);
-  const auto known = [&](std::size_t i, std::int32_t key) -> const float* {
-    for (std::size_t s = i * most; s < i * most + used[i]; ++s) {
-      if (seen[s].first == key) return &seen[s].second;
-    }
-    return nullptr;
-  };
-  for (;;) {
-    std::erase_if(searched, [&](std::size_t i) { return intervals[i].right - intervals[i].left <= 1; });
-    if (searched.empty()) break;
-    const auto middles = [&](std::size_t i) {
-      const auto [l, r] = intervals[i];
-      const std::int32_t c = l + (r - l) / 2;
-      return std::array<std::int32_t, 3>{c, l + (c - l) / 2, c + (r - c) / 2};
-    };
-    keys.clear();
-    places.clear();
-    for (const std::size_t i : searched) {
-      const auto [c, left, right] = middles(i);
-      for (const std::int32_t key : {left, right}) {
-        if (known(i, key) == nullptr) {
-          keys.push_back(key);
-          places.push_back(i);
-        }
-      }
-    }
+  std::vector<std::int32_t> searched;
+  keys.reserve(2 * count);
+  searched.reserve(count);
+  const auto score_listed = [&] {
     scores.resize(keys.size());
     if (!keys.empty()) score(keys, scores.data());
-    for (std::size_t k = 0; k < keys.size(); ++k) {
-      seen[places[k] * most + used[places[k]]++] = {keys[k], scores[k]};
+  };
+  std::vector<std::int32_t> single;  // a chunk of one key is that key
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::int64_t begin = candidates.begins[i];
+    intervals[i].left = candidates.begins[i];
+    intervals[i].right = static_cast<std::int32_t>(std::min(begin + candidates.chunk, candidates.end));
+    const bool one = intervals[i].right - intervals[i].left == 1;
+    (one ? single : searched).push_back(static_cast<std::int32_t>(i));
+    if (one) keys.push_back(candidates.begins[i]);
+  }
+  score_listed();
+  for (std::size_t i = 0; i < single.size(); ++i) best[single[i]] = scores[i];
+  while (!searched.empty()) {
+    keys.clear();
+    for (const std::int32_t i : searched) {
+      const Interval& own = intervals[i];
+      if (!own.left_known()) keys.push_back(own.left_key());
+      if (!own.right_known()) keys.push_back(own.right_key());
     }
-    for (const std::size_t i : searched) {
-      const auto [c, left, right] = middles(i);
-      const float of_left = *known(i, left);
-      const float of_right = *known(i, right);
+    score_listed();
+    const float* next = scores.data();
+    for (const std::int32_t i : searched) {
+      Interval& own = intervals[i];
+      const float of_left = own.left_known() ? own.of_first : *next++;
+      const float of_right = own.right_known() ? own.of_middle : *next++;
       best[i] = larger(of_left, larger(of_right, best[i]));
-      if (better(of_right, of_left)) {
-        intervals[i].left = c;
-      } else {
-        intervals[i].right = c;
-      }
+      own.descend(better(of_right, of_left), of_left, of_right);
     }
+    std::erase_if(searched, [&](std::int32_t i) { return intervals[i].right - intervals[i].left <= 1; });
   }
   Chunks chosen{candidates.chunk, candidates.end, {}};
   for (const std::int32_t i : top_k(best, keep))
