@@ -11,7 +11,7 @@ namespace {
 
 void use(const tessera::ModelConfig& config) {
   const bool consistent = config.q_heads % config.kv_heads == 0 && config.head_dim % 2 == 0 && config.layers > 0 &&
-                          config.rope_theta > 0 && config.norm_epsilon > 0;
+                          config.rope.theta > 0 && config.norm_epsilon > 0;
   if (!consistent) __builtin_trap();
   for (const std::int32_t token : config.eos_tokens) {
     if (token < 0 || token >= config.vocab_size) __builtin_trap();

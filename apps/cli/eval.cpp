@@ -138,8 +138,7 @@ class Evaluation {
  private:
   SessionOptions session_options(const std::string& spec) const {
     SessionOptions options = eval::session_options_of(spec, phase_);
-    options.kv_dtype = dtype_from_name(options_.kv_dtype);
-    require(is_attention_dtype(options.kv_dtype), "--kv-dtype is {}; expected f32, bf16 or f16", options_.kv_dtype);
+    options.kv_dtype = cache_type_from_name(options_.kv_dtype);
     options.run = run_options_of(options_.run);
     options.cancelled = [] { return interrupted(); };
     return options;
@@ -260,7 +259,7 @@ void add_eval(CLI::App& app) {
   command->add_option("--text", options->text, "Text of the task perplexity: bits per byte of stretches of it");
   command->add_option("--state", options->state,
                       "File that keeps every result as it comes; a run that was ended goes on from it");
-  command->add_option("--kv-dtype", options->kv_dtype, "f32, bf16 or f16")->capture_default_str();
+  command->add_option("--kv-dtype", options->kv_dtype, "f32, bf16, f16 or i8")->capture_default_str();
   command->add_option("--csv", options->csv, "Write the results as comma-separated values");
   command->add_option("--html", options->html, "Write a page with curves, Pareto fronts and a table");
   add_run_options(*command, options->run);

@@ -67,8 +67,7 @@ SessionOptions session_options(const Options& options) {
   SessionOptions result;
   result.prefill = make_method(options.method);
   if (!options.decode_method.empty()) result.decode = make_method(options.decode_method);
-  result.kv_dtype = dtype_from_name(options.kv_dtype);
-  require(is_attention_dtype(result.kv_dtype), "--kv-dtype is {}; expected f32, bf16 or f16", options.kv_dtype);
+  result.kv_dtype = cache_type_from_name(options.kv_dtype);
   result.chunk = options.chunk;
   result.capacity = options.max_length;
   result.run = run_options_of(options.run);
@@ -188,7 +187,9 @@ void add_run(CLI::App& app) {
   command->add_option(
       "--chunk", options->chunk,
       "Tokens per prefill chunk, 0 for the whole prompt (default: whole while activations fit in 1 GiB)");
-  command->add_option("--kv-dtype", options->kv_dtype, "Keys and values in the cache: f32, bf16 or f16")
+  command
+      ->add_option("--kv-dtype", options->kv_dtype,
+                   "Keys and values in the cache: f32, bf16, f16 or i8 (8 bits, a scale per token)")
       ->capture_default_str();
   command->add_option("--max-length", options->max_length, "Longest sequence (default: the model's limit)");
   command->add_flag("--ignore-eos", options->ignore_eos, "Do not stop at an end-of-sequence token");

@@ -18,29 +18,139 @@
 
 namespace tessera {
 
-/// Shape of a decoder-only transformer, from config.json.
+/// The function inside a feed-forward layer: f(gate) * up.
+enum class Activation : std::uint8_t {
+  silu,
+  gelu,       ///< exact, by the error function
+  gelu_tanh,  ///< the approximation by tanh
+};
+std::string_view name_of(Activation activation);
+
+/// How the frequencies of rotary embedding are changed for contexts longer than those of pretraining.
+enum class RopeScaling : std::uint8_t {
+  none,
+  linear,    ///< frequencies / factor (arXiv:2306.15595)
+  dynamic,   ///< a larger base for sequences above `original_positions` (dynamic NTK)
+  yarn,      ///< arXiv:2309.00071
+  llama3,    ///< long waves / factor, short ones kept, a ramp between (arXiv:2407.21783)
+  longrope,  ///< a factor per frequency, one list for short and one for long sequences (arXiv:2402.13753)
+};
+std::string_view name_of(RopeScaling scaling);
+
+/// Rotary position embedding of some layers. Fields that a scaling does not read keep their defaults.
+struct RopeConfig {
+  double theta = 10000;
+  std::int64_t dims = 0;     ///< of each head that rotate, the first ones; even; 0: all
+  bool interleaved = false;  ///< pairs are neighbours (2i, 2i + 1), not i and i + dims / 2
+  RopeScaling scaling = RopeScaling::none;
+  double factor = 1;                    ///< linear, dynamic, yarn, llama3; at least 1 for dynamic and yarn
+  std::int64_t original_positions = 0;  ///< longest sequence of pretraining; every scaling but linear reads it
+  double attention_factor = 1;          ///< cosines and sines times this: yarn and longrope
+  double beta_fast = 32;                ///< yarn: rotations above which a frequency is kept
+  double beta_slow = 1;                 ///< yarn: rotations below which it is divided by the factor
+  bool whole_dims = true;               ///< yarn: the ramp starts and ends at whole dimensions
+  double low_frequency_factor = 1;      ///< llama3: waves above original_positions / this are long
+  double high_frequency_factor = 4;     ///< llama3: waves below original_positions / this are short
+  std::vector<double> short_factors;    ///< longrope: [dims / 2]
+  std::vector<double> long_factors;     ///< longrope: [dims / 2], for sequences above original_positions
+  friend bool operator==(const RopeConfig&, const RopeConfig&) = default;
+};
+/// What cosines and sines are multiplied by when a YaRN configuration does not say: m(factor, mscale) / m(factor,
+/// mscale_all_dim) with m(s, c) = 0.1 c ln(s) + 1, or m(factor, 1) unless both are given.
+double yarn_attention_factor(double factor, double mscale = 0, double mscale_all_dim = 0);
+/// The same for longrope: sqrt(1 + ln(factor) / ln(original_positions)), 1 for a factor of at most 1.
+double longrope_attention_factor(double factor, std::int64_t original_positions);
+
+/// Which rotary embedding a layer has.
+enum class LayerRope : std::uint8_t { global, local, none };
+
+/// What differs from layer to layer.
+struct LayerConfig {
+  std::int64_t window = 0;  ///< keys that a query sees, itself and those before it; 0: all
+  LayerRope rope = LayerRope::global;
+  bool experts = false;  ///< its feed-forward part is a mixture of experts
+  friend bool operator==(const LayerConfig&, const LayerConfig&) = default;
+};
+
+/// Mixture of experts: softmax over the scores of all experts, the `chosen` largest per token.
+struct ExpertsConfig {
+  std::int64_t count = 0;   ///< 0: the model has none
+  std::int64_t chosen = 0;  ///< per token
+  std::int64_t intermediate_size = 0;
+  bool normalise = true;  ///< the weights of the chosen are divided by their sum
+  friend bool operator==(const ExpertsConfig&, const ExpertsConfig&) = default;
+};
+
+/// Shape and features of a decoder-only transformer: what config.json, or the metadata of another format, says.
 struct ModelConfig {
+  std::string architecture = "llama";  ///< model_type of the Hugging Face layout, see architectures()
   std::int64_t vocab_size = 0;
   std::int64_t hidden_size = 0;
-  std::int64_t intermediate_size = 0;
+  std::int64_t intermediate_size = 0;  ///< of layers without experts
   std::int64_t layers = 0;
   std::int64_t q_heads = 0;
   std::int64_t kv_heads = 0;
   std::int64_t head_dim = 0;
   std::int64_t max_positions = 0;  ///< longest sequence the model was made for
-  double rope_theta = 10000;
+  RopeConfig rope;
+  RopeConfig local_rope;                 ///< of layers with LayerRope::local
+  std::vector<LayerConfig> layer_kinds;  ///< [layers]; empty: every layer is as LayerConfig{} says
   double norm_epsilon = 1e-6;
+  Activation activation = Activation::silu;
+  bool qkv_bias = false;
+  bool output_bias = false;  ///< of the projection behind attention
+  bool mlp_bias = false;
+  bool qk_norm = false;            ///< RMSNorm over every head of queries and keys before rotation
+  bool norm_plus_one = false;      ///< norms multiply by 1 + weight
+  bool post_norms = false;         ///< also norms behind attention and behind the feed-forward part
+  bool fused_projections = false;  ///< files hold q, k, v as one matrix, and gate, up as one
+  double embedding_scale = 1;      ///< embeddings times this
+  double attention_scale = 0;      ///< scores are q k times this; 0: 1 / sqrt(head_dim)
+  double attention_softcap = 0;    ///< scores become cap * tanh(score / cap); 0: off
+  double final_softcap = 0;        ///< the same for logits
+  ExpertsConfig experts;
   bool tied_head = false;  ///< the output head is the embedding
   std::optional<std::int32_t> bos_token;
   std::vector<std::int32_t> eos_tokens;
+
+  LayerConfig layer(std::int64_t index) const {
+    return layer_kinds.empty() ? LayerConfig{} : layer_kinds[static_cast<std::size_t>(index)];
+  }
+  const RopeConfig& rope_of(LayerRope kind) const { return kind == LayerRope::local ? local_rope : rope; }
 };
+
+/// Throws Error naming field, value and what was expected unless all sizes are in range and fit together. `name` stands
+/// for the file in messages. Whoever fills a ModelConfig from a file calls it before anything is allocated.
+void validate(const ModelConfig& config, std::string_view name);
+
+/// A family of models that Model::load can read.
+struct ArchitectureInfo {
+  std::string_view name;         ///< model_type
+  std::string_view class_name;   ///< in "architectures" of config.json
+  std::string_view models;       ///< well-known ones
+  std::string_view differences;  ///< from plain Llama
+};
+std::span<const ArchitectureInfo> architectures();
+/// They, and the rotary scalings, as tables in Markdown.
+std::string architectures_markdown();
+
+/// Number types of the key/value cache.
+enum class CacheType : std::uint8_t {
+  f32,
+  bf16,
+  f16,
+  i8,  ///< 8 bits with a step and a minimum per token and head; the newest tokens are kept as f32
+};
+std::string_view name_of(CacheType type);
+/// Throws Error that lists the known names.
+CacheType cache_type_from_name(std::string_view name);
 
 /// A model: shape, weights and tokenizer. Immutable; sessions share it.
 class Model {
  public:
-  /// Reads config.json, model.safetensors or model.safetensors.index.json with its shards (memory-mapped; float32
-  /// weights are used in place, bf16 and f16 are widened), and tokenizer.json. Without tokenizer.json token ids are
-  /// byte values. Throws Error naming file, key, value and what was expected.
+  /// Reads config.json, model.safetensors or model.safetensors.index.json with its shards (memory-mapped; matrices are
+  /// used in place in the type the file has), and tokenizer.json. Without tokenizer.json token ids are byte values.
+  /// Throws Error naming file, key, value and what was expected.
   static Model load(const std::filesystem::path& folder, int threads = 0);
   Model(Model&&) noexcept;
   Model& operator=(Model&&) noexcept;
@@ -78,12 +188,18 @@ struct ProjectedRows {
 struct SessionOptions {
   std::shared_ptr<const Method> prefill = {};  ///< null: dense
   std::shared_ptr<const Method> decode = {};   ///< null: `prefill` if it supports decoding, else dense; owns the cache
-  DType kv_dtype = DType::f32;
+  CacheType kv_dtype = CacheType::f32;
   std::int64_t page_size = 64;
   /// Tokens per prefill chunk; 0: the whole prompt at once; absent: the whole prompt while its activations fit in
   /// 1 GiB. Methods plan per chunk, over all keys so far.
   std::optional<std::int64_t> chunk = {};
   std::int64_t capacity = 0;  ///< longest sequence; 0: the model's max_positions
+  /// Bytes that caches and activations of the session may take; 0: what the system has available when a prompt comes;
+  /// negative: unlimited. A prompt that needs more is refused before it runs.
+  std::int64_t memory_limit = 0;
+  /// Multiply bf16 weights with float32 activations. Otherwise prefill rounds activations to bf16 where the machine has
+  /// products of bf16, which is about twice as fast.
+  bool exact_products = false;
   RunOptions run = {};
   /// Receives each plan that prefill ran, in order of chunks and layers.
   std::function<void(std::int64_t layer, const Plan& plan)> on_plan = {};
@@ -125,9 +241,14 @@ class Session {
 
   const Model& model() const;
   const SessionStatistics& statistics() const;
-  std::int64_t tokens() const;       ///< of the sequence, whether or not the cache still holds them
-  std::int64_t capacity() const;     ///< longest sequence
-  std::size_t cache_bytes() const;   ///< held for keys, values and what methods note about them
+  std::int64_t tokens() const;      ///< of the sequence, whether or not the cache still holds them
+  std::int64_t capacity() const;    ///< longest sequence
+  std::size_t cache_bytes() const;  ///< held for keys, values and what methods note about them
+  /// Bytes that caches and activations hold at most after so many more tokens of prompt and so many decoded ones. Of
+  /// caches that evict or compress only what is certain counts: one layer whole.
+  std::size_t memory_needed(std::int64_t prompt, std::int64_t decoded = 0) const;
+  /// Throws Error with the need and the limit when that does not fit (SessionOptions::memory_limit). prefill() asks it.
+  void check_memory(std::int64_t prompt, std::int64_t decoded = 0) const;
   double cache_tokens_kept() const;  ///< tokens that the cache holds, mean over layers and kv heads
 
   struct PrefillObserver {

@@ -8,7 +8,6 @@
 #include "core/error.h"
 #include "core/parallel.h"
 #include "model/layers/elementwise.h"
-#include "model/layers/linear.h"
 #include "model/parts.h"
 #include "model/rope.h"
 
@@ -28,10 +27,16 @@ class DifferentiableDecoder::Implementation {
   Implementation(const Model& model, int threads)
       : config_(model.config()),
         weights_(model.parts().weights),
-        rope_(config_.head_dim, config_.rope_theta),
+        rope_(config_.rope, config_.head_dim),
         threads_(threads),
         q_width_(config_.q_heads * config_.head_dim),
-        kv_width_(config_.kv_heads * config_.head_dim) {}
+        kv_width_(config_.kv_heads * config_.head_dim) {
+    const bool plain = config_.layer_kinds == std::vector<LayerConfig>(config_.layer_kinds.size()) &&
+                       !config_.qk_norm && !config_.post_norms && !config_.qkv_bias && !config_.output_bias &&
+                       !config_.mlp_bias && config_.activation == Activation::silu && config_.embedding_scale == 1 &&
+                       config_.attention_scale == 0 && config_.attention_softcap == 0 && config_.final_softcap == 0;
+    require(plain, "searches by gradient support models of plain Llama layers; this one is {}", config_.architecture);
+  }
 
   const ModelConfig& config() const { return config_; }
 
@@ -48,10 +53,9 @@ class DifferentiableDecoder::Implementation {
     attended_.resize(static_cast<std::size_t>(config_.layers));
     for (auto& input : inputs_) input.resize(static_cast<std::size_t>(rows_ * hidden));
     for (auto& attended : attended_) attended.resize(static_cast<std::size_t>(rows_ * q_width_));
-    rope_.tables(0, rows_, rotations_);
+    rope_.tables(0, rows_, rows_, rotations_);
     for (std::int64_t row = 0; row < rows_; ++row) {
-      std::copy_n(weights_.embedding.values.data() + tokens_[static_cast<std::size_t>(row)] * hidden, hidden,
-                  inputs_[0].data() + row * hidden);
+      weights_.embedding->row(tokens_[static_cast<std::size_t>(row)], inputs_[0].data() + row * hidden);
     }
     for (std::int64_t i = 0; i < config_.layers; ++i) {
       const auto at = static_cast<std::size_t>(i);
@@ -64,13 +68,13 @@ class DifferentiableDecoder::Implementation {
         const std::int64_t rows = std::min(kGroupRows, rows_ - first);
         add_attention(layer, attended_[at], first, rows, out + first * hidden);
         feed(layer, out + first * hidden, rows);
-        silu_product(gate_.data(), up_.data(), rows, config_.intermediate_size, threads_);
-        linear(layer.down.values, config_.intermediate_size, hidden, gate_.data(), rows, joined_.data(), threads_);
+        gated_product(Activation::silu, gate_.data(), up_.data(), rows, config_.intermediate_size, threads_);
+        layer.mlp.down->multiply(gate_.data(), rows, joined_.data(), products());
         add(out + first * hidden, joined_.data(), rows, hidden, threads_);
       }
     }
     result_.resize(static_cast<std::size_t>(rows_ * hidden));
-    rms_norm(inputs_.back().data(), rows_, weights_.norm.values, config_.norm_epsilon, result_.data(), threads_);
+    rms_norm(inputs_.back().data(), rows_, weights_.norm, config_.norm_epsilon, result_.data(), threads_);
     return result_;
   }
 
@@ -79,8 +83,8 @@ class DifferentiableDecoder::Implementation {
             d_hidden.size(), result_.size());
     const std::int64_t hidden = config_.hidden_size;
     std::vector<float> d_x(result_.size());
-    rms_norm_backward(inputs_.back().data(), rows_, weights_.norm.values, config_.norm_epsilon, d_hidden.data(),
-                      d_x.data(), threads_);
+    rms_norm_backward(inputs_.back().data(), rows_, weights_.norm, config_.norm_epsilon, d_hidden.data(), d_x.data(),
+                      threads_);
     std::vector<float> d_attended(static_cast<std::size_t>(rows_ * q_width_));
     for (std::int64_t i = config_.layers - 1; i >= 0; --i) {
       const auto at = static_cast<std::size_t>(i);
@@ -88,8 +92,7 @@ class DifferentiableDecoder::Implementation {
       for (std::int64_t first = 0; first < rows_; first += kGroupRows) {
         const std::int64_t rows = std::min(kGroupRows, rows_ - first);
         feed_backward(layer, at, first, rows, d_x.data() + first * hidden);
-        linear_backward(layer.o.values, q_width_, hidden, d_x.data() + first * hidden, rows,
-                        d_attended.data() + first * q_width_, threads_);
+        layer.o->multiply_back(d_x.data() + first * hidden, rows, d_attended.data() + first * q_width_, threads_);
       }
       project(layer, inputs_[at]);
       Gradients wanted;
@@ -113,14 +116,14 @@ class DifferentiableDecoder::Implementation {
             d_hidden.size(), result_.size());
     const std::int64_t hidden = config_.hidden_size;
     const std::int64_t vocab = config_.vocab_size;
-    const auto head = weights_.head_of(config_).values;
+    const Matrix& head = weights_.output_head();
     std::vector<float> logits(static_cast<std::size_t>(kLogitRows * vocab));
     std::vector<float> d_rows(static_cast<std::size_t>(kLogitRows * hidden));
     const auto count = static_cast<double>(end - first);
     double loss = 0;
     for (std::int64_t begin = first - 1; begin < end - 1; begin += kLogitRows) {
       const std::int64_t rows = std::min(kLogitRows, end - 1 - begin);
-      linear(head, hidden, vocab, result_.data() + begin * hidden, rows, logits.data(), threads_);
+      head.multiply(result_.data() + begin * hidden, rows, logits.data(), products());
       for (std::int64_t row = 0; row < rows; ++row) {
         float* of_row = logits.data() + row * vocab;
         const std::int32_t target = tokens_[static_cast<std::size_t>(begin + row + 1)];
@@ -134,13 +137,15 @@ class DifferentiableDecoder::Implementation {
         }
       }
       if (d_hidden.empty()) continue;
-      linear_backward(head, hidden, vocab, logits.data(), rows, d_rows.data(), threads_);
+      head.multiply_back(logits.data(), rows, d_rows.data(), threads_);
       add(d_hidden.data() + begin * hidden, d_rows.data(), rows, hidden, threads_);
     }
     return loss;
   }
 
  private:
+  /// Gradients are of the exact products.
+  ProductOptions products() const { return {.threads = threads_, .exact = true}; }
   Problem problem() const {
     Problem problem;
     problem.q_heads = config_.q_heads;
@@ -170,7 +175,7 @@ class DifferentiableDecoder::Implementation {
     parallel_for((rows_ + rows_per_item - 1) / rows_per_item, threads_, [&](std::int64_t item, int) {
       const std::int64_t end = std::min(rows_, (item + 1) * rows_per_item);
       for (std::int64_t row = item * rows_per_item; row < end; ++row) {
-        const float* table = rotations_.data() + row * config_.head_dim;
+        const float* table = rotations_.data() + row * rope_.dims();
         rotate(queries.data() + row * q_width_, config_.q_heads, table);
         rotate(keys.data() + row * kv_width_, config_.kv_heads, table);
       }
@@ -184,10 +189,10 @@ class DifferentiableDecoder::Implementation {
     queries_.resize(static_cast<std::size_t>(rows_ * q_width_));
     keys_.resize(static_cast<std::size_t>(rows_ * kv_width_));
     values_.resize(keys_.size());
-    rms_norm(x.data(), rows_, layer.attention_norm.values, config_.norm_epsilon, normed_.data(), threads_);
-    linear(layer.q.values, hidden, q_width_, normed_.data(), rows_, queries_.data(), threads_);
-    linear(layer.k.values, hidden, kv_width_, normed_.data(), rows_, keys_.data(), threads_);
-    linear(layer.v.values, hidden, kv_width_, normed_.data(), rows_, values_.data(), threads_);
+    rms_norm(x.data(), rows_, layer.attention_norm, config_.norm_epsilon, normed_.data(), threads_);
+    layer.q->multiply(normed_.data(), rows_, queries_.data(), products());
+    layer.k->multiply(normed_.data(), rows_, keys_.data(), products());
+    layer.v->multiply(normed_.data(), rows_, values_.data(), products());
     rotate_rows(queries_, keys_,
                 [this](float* rows, std::int64_t heads, const float* table) { rope_.rotate(rows, heads, table); });
   }
@@ -199,12 +204,12 @@ class DifferentiableDecoder::Implementation {
                 [this](float* rows, std::int64_t heads, const float* table) { rope_.rotate_back(rows, heads, table); });
     std::vector<float>& d_normed = normed_;
     std::vector<float> part(d_normed.size());
-    linear_backward(layer.q.values, hidden, q_width_, d_q_.data(), rows_, d_normed.data(), threads_);
-    linear_backward(layer.k.values, hidden, kv_width_, d_k_.data(), rows_, part.data(), threads_);
+    layer.q->multiply_back(d_q_.data(), rows_, d_normed.data(), threads_);
+    layer.k->multiply_back(d_k_.data(), rows_, part.data(), threads_);
     add(d_normed.data(), part.data(), rows_, hidden, threads_);
-    linear_backward(layer.v.values, hidden, kv_width_, d_v_.data(), rows_, part.data(), threads_);
+    layer.v->multiply_back(d_v_.data(), rows_, part.data(), threads_);
     add(d_normed.data(), part.data(), rows_, hidden, threads_);
-    rms_norm_backward(x.data(), rows_, layer.attention_norm.values, config_.norm_epsilon, d_normed.data(), d_x.data(),
+    rms_norm_backward(x.data(), rows_, layer.attention_norm, config_.norm_epsilon, d_normed.data(), d_x.data(),
                       threads_);
   }
 
@@ -213,7 +218,7 @@ class DifferentiableDecoder::Implementation {
                      std::int64_t rows, float* x) {
     const std::int64_t hidden = config_.hidden_size;
     joined_.resize(static_cast<std::size_t>(kGroupRows * hidden));
-    linear(layer.o.values, q_width_, hidden, attended.data() + first * q_width_, rows, joined_.data(), threads_);
+    layer.o->multiply(attended.data() + first * q_width_, rows, joined_.data(), products());
     add(x, joined_.data(), rows, hidden, threads_);
   }
 
@@ -224,9 +229,9 @@ class DifferentiableDecoder::Implementation {
     group_.resize(static_cast<std::size_t>(kGroupRows * hidden));
     gate_.resize(inner);
     up_.resize(inner);
-    rms_norm(x, rows, layer.mlp_norm.values, config_.norm_epsilon, group_.data(), threads_);
-    linear(layer.gate.values, hidden, config_.intermediate_size, group_.data(), rows, gate_.data(), threads_);
-    linear(layer.up.values, hidden, config_.intermediate_size, group_.data(), rows, up_.data(), threads_);
+    rms_norm(x, rows, layer.mlp_norm, config_.norm_epsilon, group_.data(), threads_);
+    layer.mlp.gate->multiply(group_.data(), rows, gate_.data(), products());
+    layer.mlp.up->multiply(group_.data(), rows, up_.data(), products());
   }
 
   /// Turns the gradient of a layer's output into that of its residual stream behind attention.
@@ -237,12 +242,12 @@ class DifferentiableDecoder::Implementation {
     add_attention(layer, attended_[at], first, rows, middle.data());
     feed(layer, middle.data(), rows);
     std::vector<float> d_gate(static_cast<std::size_t>(rows * inner));
-    linear_backward(layer.down.values, inner, hidden, d_x, rows, d_gate.data(), threads_);
+    layer.mlp.down->multiply_back(d_x, rows, d_gate.data(), threads_);
     silu_product_backward(gate_.data(), up_.data(), d_gate.data(), rows, inner, threads_);
-    linear_backward(layer.gate.values, hidden, inner, d_gate.data(), rows, group_.data(), threads_);
-    linear_backward(layer.up.values, hidden, inner, up_.data(), rows, joined_.data(), threads_);
+    layer.mlp.gate->multiply_back(d_gate.data(), rows, group_.data(), threads_);
+    layer.mlp.up->multiply_back(up_.data(), rows, joined_.data(), threads_);
     add(group_.data(), joined_.data(), rows, hidden, threads_);
-    rms_norm_backward(middle.data(), rows, layer.mlp_norm.values, config_.norm_epsilon, group_.data(), d_x, threads_);
+    rms_norm_backward(middle.data(), rows, layer.mlp_norm, config_.norm_epsilon, group_.data(), d_x, threads_);
   }
 
   const ModelConfig& config_;

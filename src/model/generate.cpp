@@ -53,6 +53,9 @@ Generation generate(Session& session, std::span<const std::int32_t> prompt, cons
   require(options.max_tokens >= 0, "max_tokens is {}; expected 0 or more", options.max_tokens);
   model::Sampler sampler(options.sampling);
   const Model& model = session.model();
+  const std::int64_t room = session.capacity() - session.tokens() - std::ssize(prompt);
+  session.check_memory(std::ssize(prompt),
+                       std::clamp<std::int64_t>(options.max_tokens, 0, std::max<std::int64_t>(room, 0)));
   CodeLength code(prompt, session.tokens(), model);
   Session::PrefillObserver observer = options.prefill;
   if (options.bits_per_byte) {

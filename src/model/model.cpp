@@ -3,6 +3,7 @@
 #include "io/json.h"
 #include "model/config.h"
 #include "model/parts.h"
+#include "model/safetensors_source.h"
 
 namespace tessera {
 
@@ -28,14 +29,14 @@ Model::Model(Model&&) noexcept = default;
 Model& Model::operator=(Model&&) noexcept = default;
 Model::~Model() = default;
 
-Model Model::load(const std::filesystem::path& folder, int threads) {
+Model Model::load(const std::filesystem::path& folder, int) {
   std::error_code ignored;
   require(std::filesystem::is_directory(folder, ignored), "model '{}' is not a folder with config.json",
           folder.string());
   const auto path = folder / "config.json";
   ModelConfig config = model::read_config(parse_json_file(path), path.string());
   model::Tokenizer tokenizer = load_tokenizer(folder, config);
-  model::Weights weights = model::load_weights(folder, config, threads);
+  model::Weights weights = model::load_weights(model::open_safetensors(folder), config);
   return Model(std::make_unique<const Parts>(Parts{std::move(config), std::move(weights), std::move(tokenizer)}));
 }
 
@@ -44,7 +45,7 @@ const ModelConfig& Model::config() const {
 }
 
 std::size_t Model::weight_bytes() const {
-  return parts_->weights.heap_bytes;
+  return parts_->weights.heap_bytes();
 }
 
 std::vector<std::int32_t> Model::encode(std::string_view text, bool with_bos) const {

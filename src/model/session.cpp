@@ -3,6 +3,8 @@
 #include <chrono>
 
 #include "core/error.h"
+#include "model/available_memory.h"
+#include "model/int8_cache.h"
 #include "model/layers/decoder.h"
 #include "model/parts.h"
 #include "tessera/cache.h"
@@ -34,13 +36,19 @@ void choose_methods(SessionOptions& options) {
   }
 }
 
+/// Storage of rows that are kept as numbers; of 8-bit caches that of their newest tokens.
+DType storage_of(CacheType type) {
+  if (type == CacheType::bf16) return DType::bf16;
+  return type == CacheType::f16 ? DType::f16 : DType::f32;
+}
+
 LayerCacheShape cache_shape(const ModelConfig& config, const SessionOptions& options) {
   require(options.capacity >= 0, "capacity is {}; expected 0 (the model's limit) or more", options.capacity);
   return {.q_heads = config.q_heads,
           .kv_heads = config.kv_heads,
           .head_dim = config.head_dim,
           .value_dim = config.head_dim,
-          .dtype = options.kv_dtype,
+          .dtype = storage_of(options.kv_dtype),
           .page_size = options.page_size,
           .capacity = options.capacity > 0 ? options.capacity : config.max_positions};
 }
@@ -63,11 +71,11 @@ class Session::Implementation {
     for (const Method* method : {options_.prefill.get(), options_.decode.get()}) {
       method->check_model(config.layers, config.q_heads, config.kv_heads);
     }
-    for (std::int64_t layer = 0; layer < config.layers; ++layer) {
-      const PlanContext context{.layer = layer, .layers = config.layers, .state = nullptr, .run = options_.run};
-      std::unique_ptr<LayerCache> cache = options_.decode->new_cache(shape_, context);
-      caches_.push_back(cache ? std::move(cache) : make_paged_cache(shape_));
-    }
+    const MethodInfo& decode = options_.decode->info();
+    require(config.attention_softcap == 0 || !decode.own_cache,
+            "method '{}' keeps its own cache, which does not cap scores as {} does; expected a method without one",
+            decode.name, config.architecture);
+    for (std::int64_t layer = 0; layer < config.layers; ++layer) caches_.push_back(new_cache(layer));
     new_states();
   }
 
@@ -91,9 +99,10 @@ class Session::Implementation {
 
   std::span<const float> prefill(std::span<const std::int32_t> tokens, const PrefillObserver& observer) {
     check(tokens);
+    const auto total = static_cast<std::int64_t>(tokens.size());
+    check_memory(total, 0);
     const auto start = std::chrono::steady_clock::now();
     observation_ms_ = 0;
-    const auto total = static_cast<std::int64_t>(tokens.size());
     const std::int64_t chunk = chunk_length(total);
     const std::int64_t before = tokens_;
     for (std::int64_t first = 0; first < total; first += chunk) {
@@ -104,6 +113,8 @@ class Session::Implementation {
       call.run = options_.run;
       call.prompt = true;
       call.prompt_ends = first + rows == total;
+      call.exact = options_.exact_products;
+      call.length = before + total;
       call.on_plan = [&](std::int64_t layer, const Plan& plan) {
         note_peak();  // before the layer's cache may compress
         count(layer, plan, rows);
@@ -126,13 +137,16 @@ class Session::Implementation {
       if (observer.on_logits) {
         give_logits(hidden, before + first, observer);
       } else if (first + rows == total) {
-        decoder_.head(last_row(hidden), logits_, options_.run.threads);
+        decoder_.head(last_row(hidden), logits_, products());
       }
     }
     statistics_.prefill_tokens += total;
     statistics_.prefill_ms += milliseconds_since(start) - observation_ms_;
     // The rows of a long prompt are not needed again: decoding takes one row.
-    if (total > 4096) decoder_.release();
+    if (total > 4096) {
+      decoder_.release();
+      widened_ = {};
+    }
     return last_logits();
   }
 
@@ -146,23 +160,87 @@ class Session::Implementation {
     call.method = options_.decode.get();
     call.state = state;
     call.run = options_.run;
+    call.exact = options_.exact_products;
     const auto hidden = forward(tokens, call);
     note_peak();
-    decoder_.head(hidden, logits_, options_.run.threads);
+    decoder_.head(hidden, logits_, products());
     statistics_.decode_tokens += 1;
     statistics_.decode_ms += milliseconds_since(start);
     return last_logits();
   }
 
+  std::size_t memory_needed(std::int64_t prompt, std::int64_t decoded) const {
+    const ModelConfig& config = model_.config();
+    const bool own = options_.decode->info().own_cache;
+    const std::int64_t page = shape_.page_size;
+    const std::int64_t tokens = (tokens_ + prompt + decoded + page - 1) / page * page;
+    const std::int64_t row = config.kv_heads * config.head_dim;
+    double bytes = 0;
+    for (std::int64_t layer = 0; layer < config.layers; ++layer) {
+      if (own && layer > 0 && !in_window(layer)) continue;
+      bytes += static_cast<double>(tokens) * 2 * bytes_per_row(row);
+    }
+    // 8-bit layers are widened one at a time.
+    if (options_.kv_dtype == CacheType::i8) bytes += static_cast<double>(tokens) * 2 * 4 * static_cast<double>(row);
+    const auto rows = static_cast<double>(std::min(chunk_length(prompt), prompt));
+    bytes += rows * static_cast<double>(model::Decoder::bytes_per_token(config));
+    bytes += static_cast<double>(model::Decoder::scratch_bytes(config));
+    bytes += 4.0 * static_cast<double>(config.vocab_size) + static_cast<double>(options_.run.workspace_bytes);
+    return static_cast<std::size_t>(bytes);
+  }
+
+  void check_memory(std::int64_t prompt, std::int64_t decoded) const {
+    require(prompt >= 0 && decoded >= 0, "{} tokens of prompt and {} decoded; expected 0 or more", prompt, decoded);
+    if (options_.memory_limit < 0) return;
+    const std::size_t needed = memory_needed(prompt, decoded);
+    std::size_t limit = static_cast<std::size_t>(options_.memory_limit);
+    if (limit == 0) {
+      const std::optional<std::size_t> available = model::available_memory();
+      if (!available) return;
+      limit = *available + cache_bytes();  // what is held already counts on both sides
+    }
+    require(
+        needed <= limit,
+        "a prompt of {} tokens and {} more need {:.2f} GB for keys and values ({}) and activations, but {:.2f} GB are "
+        "{}; shorten it, or take a smaller chunk or kv_dtype",
+        tokens_ + prompt, decoded, static_cast<double>(needed) / 1e9, name_of(options_.kv_dtype),
+        static_cast<double>(limit) / 1e9, options_.memory_limit == 0 ? "available" : "allowed");
+  }
+
   void reset() {
     forget();
     decoder_.release();
+    widened_ = {};
     statistics_ = {};
     logits_.clear();
     logits_.shrink_to_fit();
   }
 
  private:
+  model::ProductOptions products() const { return {.threads = options_.run.threads, .exact = options_.exact_products}; }
+
+  /// Whether a layer may have to leave keys out that lie before its window.
+  bool in_window(std::int64_t layer) const {
+    const std::int64_t window = model_.config().layer(layer).window;
+    return window > 0 && window < shape_.capacity;
+  }
+
+  /// Caches of methods know no window: such layers keep every token in pages.
+  std::unique_ptr<LayerCache> new_cache(std::int64_t layer) {
+    const PlanContext context{.layer = layer, .layers = model_.config().layers, .state = nullptr, .run = options_.run};
+    std::unique_ptr<LayerCache> own = in_window(layer) ? nullptr : options_.decode->new_cache(shape_, context);
+    if (options_.kv_dtype != CacheType::i8) return own ? std::move(own) : make_paged_cache(shape_);
+    require(!own, "method '{}' keeps its own cache, so kv_dtype cannot be i8; expected f32, bf16 or f16",
+            options_.decode->info().name);
+    return model::make_int8_cache(shape_, widened_, !in_window(layer) && model_.config().attention_softcap == 0);
+  }
+
+  /// Bytes of a row of keys or values of all heads.
+  double bytes_per_row(std::int64_t numbers) const {
+    if (options_.kv_dtype != CacheType::i8) return static_cast<double>(numbers) * size_of(shape_.dtype);
+    return static_cast<double>(numbers) + 8.0 * static_cast<double>(shape_.kv_heads);
+  }
+
   /// A pass; when it fails, the tokens of the pass are forgotten, or all where a cache evicted older ones meanwhile.
   std::span<const float> forward(std::span<const std::int32_t> tokens, const model::AttentionCall& call) {
     try {
@@ -218,7 +296,13 @@ class Session::Implementation {
     statistics_.planned_pairs += static_cast<double>(plan_statistics.planned_pairs);
     // Of the sequence, not of the plan: a cache that evicted plans over what it kept.
     const auto queries = static_cast<double>(rows);
-    const double pairs = queries * (static_cast<double>(tokens_) + (queries + 1) / 2);
+    const auto before = static_cast<double>(tokens_);
+    double pairs = queries * (before + (queries + 1) / 2);
+    if (const std::int64_t window = model_.config().layer(layer).window; window > 0) {
+      // Rows whose position is below the window see what is there, the others the window.
+      const double growing = std::clamp(static_cast<double>(window) - before, 0.0, queries);
+      pairs = growing * (before + (growing + 1) / 2) + (queries - growing) * static_cast<double>(window);
+    }
     statistics_.allowed_pairs += pairs * static_cast<double>(model_.config().q_heads);
     if (options_.on_plan) options_.on_plan(layer, plan);
     observation_ms_ += milliseconds_since(start);
@@ -240,7 +324,7 @@ class Session::Implementation {
     const auto slice = static_cast<std::size_t>(std::clamp<std::int64_t>(fitting, 1, 1024));
     for (std::size_t first = 0; first < hidden.size() / width; first += slice) {
       const std::size_t rows = std::min(slice, hidden.size() / width - first);
-      decoder_.head(hidden.subspan(first * width, rows * width), logits_, options_.run.threads);
+      decoder_.head(hidden.subspan(first * width, rows * width), logits_, products());
       observer.on_logits(position + static_cast<std::int64_t>(first), logits_);
       check_cancelled();
     }
@@ -252,6 +336,7 @@ class Session::Implementation {
   SessionOptions options_;
   model::Decoder decoder_;
   LayerCacheShape shape_;
+  model::WidenedRows widened_;                       ///< shared by 8-bit caches
   std::vector<std::unique_ptr<LayerCache>> caches_;  ///< per layer
   std::int64_t tokens_ = 0;
   std::unique_ptr<MethodState> prefill_state_;
@@ -301,6 +386,14 @@ std::span<const float> Session::prefill(std::span<const std::int32_t> tokens, co
 
 std::span<const float> Session::decode(std::int32_t token) {
   return implementation_->decode(token);
+}
+
+std::size_t Session::memory_needed(std::int64_t prompt, std::int64_t decoded) const {
+  return implementation_->memory_needed(prompt, decoded);
+}
+
+void Session::check_memory(std::int64_t prompt, std::int64_t decoded) const {
+  implementation_->check_memory(prompt, decoded);
 }
 
 void Session::reset() {

@@ -1,155 +1,175 @@
 #include "model/weights.h"
 
 #include <algorithm>
-#include <map>
-#include <set>
 
-#include "core/convert.h"
 #include "core/error.h"
-#include "core/parallel.h"
-#include "io/json.h"
 
 namespace tessera::model {
 
 namespace {
 
-constexpr std::string_view kSingleFile = "model.safetensors";
-constexpr std::string_view kIndexFile = "model.safetensors.index.json";
-
-/// The tensors of one or several files by name.
-class TensorIndex {
- public:
-  TensorIndex(const std::filesystem::path& folder, std::vector<SafetensorsFile>& files) : files_(files) {
-    std::error_code ignored;
-    if (std::filesystem::exists(folder / kSingleFile, ignored)) {
-      add(folder / kSingleFile);
-      place_ = (folder / kSingleFile).string();
-      return;
-    }
-    const auto path = folder / kIndexFile;
-    require(std::filesystem::exists(path, ignored), "{}: there is neither {} nor {}", folder.string(), kSingleFile,
-            kIndexFile);
-    place_ = path.string();
-    const Json map = get<Json>(parse_json_file(path), "weight_map", place_);
-    require(map.is_object(), "{}: 'weight_map' is no object", place_);
-    std::set<std::string> shards;
-    for (const auto& [tensor, file] : map.items()) {
-      const auto shard = get<std::string>(map, tensor, place_);
-      require(!shard.empty() && shard.find('/') == std::string::npos && shard.find('\0') == std::string::npos,
-              "{}: tensor '{}' lies in '{}'; expected the name of a file in the same folder", place_, tensor, shard);
-      shards.insert(shard);
-    }
-    for (const std::string& shard : shards) add(folder / shard);
-    for (const auto& [tensor, file] : map.items()) {
-      const auto found = by_name_.find(tensor);
-      const std::string expected = (folder / file.get<std::string>()).string();
-      require(found != by_name_.end() && files_[found->second].name() == expected,
-              "{}: tensor '{}' is not in {} as 'weight_map' says", place_, tensor, expected);
-    }
-  }
-
-  const SafetensorsFile& file_of(const std::string& tensor) {
-    const auto found = by_name_.find(tensor);
-    if (found == by_name_.end()) {
-      std::vector<std::string> known;
-      for (const auto& [name, file] : by_name_) known.push_back(name);
-      fail("{}: tensor '{}' is missing{}", place_, tensor,
-           known.empty() ? std::string() : fmt::format("; the nearest name is '{}'", nearest_name(tensor, known)));
-    }
-    used_.insert(tensor);
-    return files_[found->second];
-  }
-
-  /// Weights that the configuration does not account for would be left out of the computation in silence.
-  void check_all_used(const ModelConfig& config) const {
-    for (const auto& [name, file] : by_name_) {
-      const bool harmless = name.ends_with(".rotary_emb.inv_freq") || (config.tied_head && name == "lm_head.weight");
-      require(harmless || used_.contains(name),
-              "{}: tensor '{}' has no place in the model that config.json describes ({} layers, no biases)",
-              files_[file].name(), name, config.layers);
-    }
-  }
-
- private:
-  void add(const std::filesystem::path& path) {
-    files_.push_back(SafetensorsFile::open(path));
-    for (std::string& name : files_.back().names()) {
-      const auto [place, fresh] = by_name_.emplace(std::move(name), files_.size() - 1);
-      require(fresh, "{}: tensor '{}' is also in {}", path.string(), place->first, files_[place->second].name());
-    }
-  }
-
-  std::vector<SafetensorsFile>& files_;
-  std::map<std::string, std::size_t> by_name_;
-  std::set<std::string> used_;
-  std::string place_;
-};
-
 class Loader {
  public:
-  Loader(TensorIndex& index, int threads, std::size_t& heap_bytes)
-      : index_(index), threads_(threads), heap_bytes_(heap_bytes) {}
+  Loader(TensorSource& source, const ModelConfig& config) : source_(source), config_(config) {}
 
-  Weight load(const std::string& name, const std::vector<std::int64_t>& shape) {
-    const SafetensorsFile& file = index_.file_of(name);
-    const TensorInfo& info = file.info(name);
-    require(info.shape == shape, "{}: tensor '{}' has shape [{}]; config.json asks for [{}]", file.name(), name,
-            fmt::join(info.shape, ", "), fmt::join(shape, ", "));
-    require(is_attention_dtype(info.dtype), "{}: tensor '{}' has dtype {}; expected F32, BF16 or F16", file.name(),
-            name, info.dtype_name);
-    const std::span<const std::byte> bytes = file.bytes(name);
-    Weight weight;
-    if (info.dtype == DType::f32 && reinterpret_cast<std::uintptr_t>(bytes.data()) % alignof(float) == 0) {
-      weight.values = {reinterpret_cast<const float*>(bytes.data()), bytes.size() / sizeof(float)};
-      return weight;
+  Weights load() {
+    Weights weights;
+    const std::int64_t hidden = config_.hidden_size;
+    weights.embedding = matrix("model.embed_tokens.weight", config_.vocab_size, hidden);
+    for (std::int64_t i = 0; i < config_.layers; ++i) weights.layers.push_back(load_layer(i));
+    weights.norm = norm("model.norm.weight", hidden);
+    std::vector<std::string> harmless;
+    if (config_.tied_head) {
+      harmless.emplace_back("lm_head.weight");
+    } else {
+      weights.head = matrix("lm_head.weight", config_.vocab_size, hidden);
     }
-    const std::int64_t elements = info.elements();
-    weight.storage.resize(static_cast<std::size_t>(elements));
-    constexpr std::int64_t piece = 1 << 16;
-    parallel_for((elements + piece - 1) / piece, threads_, [&](std::int64_t i, int) {
-      const std::int64_t first = i * piece;
-      to_float(bytes.data() + first * static_cast<std::int64_t>(size_of(info.dtype)), info.dtype,
-               std::min(piece, elements - first), weight.storage.data() + first);
-    });
-    heap_bytes_ += weight.storage.size() * sizeof(float);
-    weight.values = weight.storage;  // the heap block stays where it is when the weight is moved
-    return weight;
+    source_.check_all_used(harmless);
+    return weights;
   }
 
  private:
-  TensorIndex& index_;
-  int threads_;
-  std::size_t& heap_bytes_;
+  std::unique_ptr<Matrix> matrix(const std::string& name, std::int64_t rows, std::int64_t columns) {
+    return source_.matrix(name, 0, rows, rows, columns);
+  }
+  std::vector<float> bias(bool wanted, const std::string& name, std::int64_t size) {
+    return wanted ? source_.vector(name, size) : std::vector<float>();
+  }
+  std::vector<float> norm(const std::string& name, std::int64_t size) {
+    std::vector<float> weights = source_.vector(name, size);
+    if (config_.norm_plus_one) {
+      for (float& weight : weights) weight += 1;
+    }
+    return weights;
+  }
+
+  LayerWeights load_layer(std::int64_t index) {
+    const std::string prefix = fmt::format("model.layers.{}.", index);
+    const std::int64_t hidden = config_.hidden_size;
+    LayerWeights layer;
+    layer.attention_norm = norm(prefix + "input_layernorm.weight", hidden);
+    load_attention(prefix + "self_attn.", layer);
+    if (config_.post_norms) {
+      layer.attention_post_norm = norm(prefix + "post_attention_layernorm.weight", hidden);
+      layer.mlp_norm = norm(prefix + "pre_feedforward_layernorm.weight", hidden);
+      layer.mlp_post_norm = norm(prefix + "post_feedforward_layernorm.weight", hidden);
+    } else {
+      layer.mlp_norm = norm(prefix + "post_attention_layernorm.weight", hidden);
+    }
+    if (config_.layer(index).experts) {
+      load_experts(prefix, layer);
+    } else {
+      layer.mlp = load_mlp(prefix + "mlp.");
+    }
+    return layer;
+  }
+
+  void load_attention(const std::string& prefix, LayerWeights& layer) {
+    const std::int64_t hidden = config_.hidden_size;
+    const std::int64_t q_rows = config_.q_heads * config_.head_dim;
+    const std::int64_t kv_rows = config_.kv_heads * config_.head_dim;
+    if (config_.fused_projections) {
+      const std::string fused = prefix + "qkv_proj.weight";
+      const std::int64_t all = q_rows + 2 * kv_rows;
+      layer.q = source_.matrix(fused, 0, q_rows, all, hidden);
+      layer.k = source_.matrix(fused, q_rows, kv_rows, all, hidden);
+      layer.v = source_.matrix(fused, q_rows + kv_rows, kv_rows, all, hidden);
+    } else {
+      layer.q = matrix(prefix + "q_proj.weight", q_rows, hidden);
+      layer.k = matrix(prefix + "k_proj.weight", kv_rows, hidden);
+      layer.v = matrix(prefix + "v_proj.weight", kv_rows, hidden);
+    }
+    layer.q_bias = bias(config_.qkv_bias, prefix + "q_proj.bias", q_rows);
+    layer.k_bias = bias(config_.qkv_bias, prefix + "k_proj.bias", kv_rows);
+    layer.v_bias = bias(config_.qkv_bias, prefix + "v_proj.bias", kv_rows);
+    layer.o = matrix(prefix + "o_proj.weight", hidden, q_rows);
+    layer.o_bias = bias(config_.output_bias, prefix + "o_proj.bias", hidden);
+    if (config_.qk_norm) {
+      layer.q_norm = norm(prefix + "q_norm.weight", config_.head_dim);
+      layer.k_norm = norm(prefix + "k_norm.weight", config_.head_dim);
+    }
+  }
+
+  FeedForwardWeights load_mlp(const std::string& prefix) {
+    const std::int64_t hidden = config_.hidden_size;
+    const std::int64_t inner = config_.intermediate_size;
+    FeedForwardWeights mlp;
+    if (config_.fused_projections) {
+      const std::string fused = prefix + "gate_up_proj.weight";
+      mlp.gate = source_.matrix(fused, 0, inner, 2 * inner, hidden);
+      mlp.up = source_.matrix(fused, inner, inner, 2 * inner, hidden);
+    } else {
+      mlp.gate = matrix(prefix + "gate_proj.weight", inner, hidden);
+      mlp.up = matrix(prefix + "up_proj.weight", inner, hidden);
+    }
+    mlp.down = matrix(prefix + "down_proj.weight", hidden, inner);
+    mlp.gate_bias = bias(config_.mlp_bias, prefix + "gate_proj.bias", inner);
+    mlp.up_bias = bias(config_.mlp_bias, prefix + "up_proj.bias", inner);
+    mlp.down_bias = bias(config_.mlp_bias, prefix + "down_proj.bias", hidden);
+    return mlp;
+  }
+
+  /// Experts are matrices of their own, or one tensor for all with gate and up one above the other. Mixtral's files
+  /// call everything something else.
+  void load_experts(const std::string& prefix, LayerWeights& layer) {
+    const std::int64_t hidden = config_.hidden_size;
+    const std::int64_t inner = config_.experts.intermediate_size;
+    const std::int64_t count = config_.experts.count;
+    const bool mixtral = source_.has(prefix + "block_sparse_moe.gate.weight");
+    const std::string block = prefix + (mixtral ? "block_sparse_moe." : "mlp.");
+    layer.router = matrix(block + "gate.weight", count, hidden);
+    const std::string fused = block + "experts.gate_up_proj";
+    const bool one_tensor = source_.has(fused);
+    for (std::int64_t i = 0; i < count; ++i) {
+      FeedForwardWeights expert;
+      if (one_tensor) {
+        expert.gate = source_.matrix(fused, 2 * i * inner, inner, 2 * count * inner, hidden);
+        expert.up = source_.matrix(fused, (2 * i + 1) * inner, inner, 2 * count * inner, hidden);
+        expert.down = source_.matrix(block + "experts.down_proj", i * hidden, hidden, count * hidden, inner);
+      } else {
+        const std::string own = fmt::format("{}experts.{}.", block, i);
+        expert.gate = matrix(own + (mixtral ? "w1" : "gate_proj") + ".weight", inner, hidden);
+        expert.up = matrix(own + (mixtral ? "w3" : "up_proj") + ".weight", inner, hidden);
+        expert.down = matrix(own + (mixtral ? "w2" : "down_proj") + ".weight", hidden, inner);
+      }
+      layer.experts.push_back(std::move(expert));
+    }
+  }
+
+  TensorSource& source_;
+  const ModelConfig& config_;
 };
+
+std::size_t bytes_of(const FeedForwardWeights& part) {
+  std::size_t bytes = (part.gate_bias.size() + part.up_bias.size() + part.down_bias.size()) * sizeof(float);
+  for (const Matrix* matrix : {part.gate.get(), part.up.get(), part.down.get()}) {
+    if (matrix != nullptr) bytes += matrix->heap_bytes();
+  }
+  return bytes;
+}
 
 }  // namespace
 
-Weights load_weights(const std::filesystem::path& folder, const ModelConfig& config, int threads) {
-  Weights weights;
-  TensorIndex index(folder, weights.files);
-  Loader loader(index, threads, weights.heap_bytes);
-  const std::int64_t hidden = config.hidden_size;
-  const std::int64_t q_rows = config.q_heads * config.head_dim;
-  const std::int64_t kv_rows = config.kv_heads * config.head_dim;
-
-  weights.embedding = loader.load("model.embed_tokens.weight", {config.vocab_size, hidden});
-  for (std::int64_t i = 0; i < config.layers; ++i) {
-    const std::string prefix = fmt::format("model.layers.{}.", i);
-    LayerWeights layer;
-    layer.attention_norm = loader.load(prefix + "input_layernorm.weight", {hidden});
-    layer.q = loader.load(prefix + "self_attn.q_proj.weight", {q_rows, hidden});
-    layer.k = loader.load(prefix + "self_attn.k_proj.weight", {kv_rows, hidden});
-    layer.v = loader.load(prefix + "self_attn.v_proj.weight", {kv_rows, hidden});
-    layer.o = loader.load(prefix + "self_attn.o_proj.weight", {hidden, q_rows});
-    layer.mlp_norm = loader.load(prefix + "post_attention_layernorm.weight", {hidden});
-    layer.gate = loader.load(prefix + "mlp.gate_proj.weight", {config.intermediate_size, hidden});
-    layer.up = loader.load(prefix + "mlp.up_proj.weight", {config.intermediate_size, hidden});
-    layer.down = loader.load(prefix + "mlp.down_proj.weight", {hidden, config.intermediate_size});
-    weights.layers.push_back(std::move(layer));
+std::size_t Weights::heap_bytes() const {
+  std::size_t bytes = norm.size() * sizeof(float) + embedding->heap_bytes() + (head ? head->heap_bytes() : 0);
+  for (const LayerWeights& layer : layers) {
+    for (const Matrix* matrix : {layer.q.get(), layer.k.get(), layer.v.get(), layer.o.get(), layer.router.get()}) {
+      if (matrix != nullptr) bytes += matrix->heap_bytes();
+    }
+    for (const std::vector<float>* vector :
+         {&layer.attention_norm, &layer.q_bias, &layer.k_bias, &layer.v_bias, &layer.o_bias, &layer.q_norm,
+          &layer.k_norm, &layer.attention_post_norm, &layer.mlp_norm, &layer.mlp_post_norm}) {
+      bytes += vector->size() * sizeof(float);
+    }
+    bytes += bytes_of(layer.mlp);
+    for (const FeedForwardWeights& expert : layer.experts) bytes += bytes_of(expert);
   }
-  weights.norm = loader.load("model.norm.weight", {hidden});
-  if (!config.tied_head) weights.head = loader.load("lm_head.weight", {config.vocab_size, hidden});
-  index.check_all_used(config);
+  return bytes;
+}
+
+Weights load_weights(std::unique_ptr<TensorSource> source, const ModelConfig& config) {
+  Weights weights = Loader(*source, config).load();
+  weights.source = std::move(source);
   return weights;
 }
 

@@ -1,44 +1,48 @@
-// The weights of a decoder, from safetensors files of the Hugging Face layout.
+// The weights of a decoder.
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
-#include <span>
-#include <string>
+#include <memory>
 #include <vector>
 
-#include "io/safetensors.h"
+#include "model/matrix.h"
 #include "tessera/model.h"
 
 namespace tessera::model {
 
-/// A float32 tensor: a view of the mapped file where that holds aligned float32, else a widened copy.
-struct Weight {
-  std::span<const float> values;
-  std::vector<float> storage;
+/// down(f(gate(x)) * up(x)); biases are empty where there are none.
+struct FeedForwardWeights {
+  std::unique_ptr<Matrix> gate, up;  ///< [intermediate][hidden]
+  std::unique_ptr<Matrix> down;      ///< [hidden][intermediate]
+  std::vector<float> gate_bias, up_bias, down_bias;
 };
 
 struct LayerWeights {
-  Weight attention_norm;  ///< [hidden]
-  Weight q, k, v;         ///< [heads * head_dim][hidden]
-  Weight o;               ///< [hidden][q_heads * head_dim]
-  Weight mlp_norm;        ///< [hidden]
-  Weight gate, up;        ///< [intermediate][hidden]
-  Weight down;            ///< [hidden][intermediate]
+  std::vector<float> attention_norm;  ///< [hidden]
+  std::unique_ptr<Matrix> q, k, v;    ///< [heads * head_dim][hidden]
+  std::unique_ptr<Matrix> o;          ///< [hidden][q_heads * head_dim]
+  std::vector<float> q_bias, k_bias, v_bias, o_bias;
+  std::vector<float> q_norm, k_norm;       ///< [head_dim]
+  std::vector<float> attention_post_norm;  ///< [hidden]
+  std::vector<float> mlp_norm;             ///< [hidden]
+  std::vector<float> mlp_post_norm;        ///< [hidden]
+  FeedForwardWeights mlp;                  ///< of layers without experts
+  std::unique_ptr<Matrix> router;          ///< [experts][hidden]
+  std::vector<FeedForwardWeights> experts;
 };
 
 struct Weights {
-  std::vector<SafetensorsFile> files;  ///< what the views refer to
-  Weight embedding;                    ///< [vocab][hidden]
+  std::unique_ptr<TensorSource> source;  ///< what the matrices refer to
+  std::unique_ptr<Matrix> embedding;     ///< [vocab][hidden]
   std::vector<LayerWeights> layers;
-  Weight norm;  ///< [hidden]
-  Weight head;  ///< [vocab][hidden]; empty when tied
-  const Weight& head_of(const ModelConfig& config) const { return config.tied_head ? embedding : head; }
-  std::size_t heap_bytes = 0;
+  std::vector<float> norm;       ///< [hidden]
+  std::unique_ptr<Matrix> head;  ///< [vocab][hidden]; null when tied
+  const Matrix& output_head() const { return head ? *head : *embedding; }
+  std::size_t heap_bytes() const;
 };
 
-/// Reads model.safetensors, or the shards that model.safetensors.index.json names. Throws Error for missing and
-/// unexpected tensors, and for wrong shapes and dtypes.
-Weights load_weights(const std::filesystem::path& folder, const ModelConfig& config, int threads);
+/// Takes what the configuration describes from the source. Throws Error for missing and unexpected tensors, and for
+/// wrong shapes and types. Norms that multiply by 1 + weight become weights.
+Weights load_weights(std::unique_ptr<TensorSource> source, const ModelConfig& config);
 
 }  // namespace tessera::model

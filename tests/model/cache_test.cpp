@@ -230,7 +230,7 @@ TEST(SessionCaches, NarrowTypesAndThreads) {
   const Model model = loaded.load();
   const auto tokens = testing::random_tokens(kPrompt + kSteps, 260, 7);
   for (const std::string spec : {"snapkv:capacity=40,window=8", "h2o", "quest:dense_layers=0,budget=48"}) {
-    for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const CacheType dtype : {CacheType::f32, CacheType::bf16}) {
       Logits one;
       for (const int threads : {1, 2, 5}) {
         SessionOptions options;

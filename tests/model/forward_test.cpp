@@ -117,8 +117,8 @@ TEST(ForwardCache, NarrowTypesStayNear) {
   const Model model = loaded.load();
   const auto tokens = testing::random_tokens(100, 260, 7);
   const Logits exact = prefill_logits(model, tokens);
-  const double bf16 = largest_difference(exact, prefill_logits(model, tokens, {.kv_dtype = DType::bf16}));
-  const double f16 = largest_difference(exact, prefill_logits(model, tokens, {.kv_dtype = DType::f16}));
+  const double bf16 = largest_difference(exact, prefill_logits(model, tokens, {.kv_dtype = CacheType::bf16}));
+  const double f16 = largest_difference(exact, prefill_logits(model, tokens, {.kv_dtype = CacheType::f16}));
   EXPECT_GT(bf16, 1e-5);
   EXPECT_LT(bf16, 0.1);
   EXPECT_GT(f16, 1e-6);
@@ -198,7 +198,9 @@ TEST(SessionErrors, NameWhatIsWrong) {
   EXPECT_EQ(session.tokens(), 0);
   EXPECT_THAT(message_of([&] { Session(model, {.decode = make_method("xattention")}); }),
               HasSubstr("does not support decode"));
-  EXPECT_THAT(message_of([&] { Session(model, {.kv_dtype = DType::f64}); }), HasSubstr("expected f32, bf16 or f16"));
+  EXPECT_THAT(message_of([&] { cache_type_from_name("f64"); }), HasSubstr("expected f32, bf16, f16 or i8"));
+  EXPECT_THAT(message_of([&] { Session(model, {.decode = make_method("snapkv"), .kv_dtype = CacheType::i8}); }),
+              HasSubstr("keeps its own cache"));
   EXPECT_THAT(message_of([&] { Session(model, {.chunk = -1}); }), HasSubstr("chunk is -1"));
   session.prefill(std::vector<std::int32_t>(40, 1));
   EXPECT_THAT(message_of([&] { session.decode(1); }), HasSubstr("limit of 40"));

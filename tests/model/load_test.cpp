@@ -87,7 +87,7 @@ TEST(ConfigTest, DefaultsFollowTheFormat) {
   EXPECT_EQ(config.kv_heads, 4);
   EXPECT_EQ(config.head_dim, 6);
   EXPECT_FALSE(config.tied_head);
-  EXPECT_EQ(config.rope_theta, 5e5);
+  EXPECT_EQ(config.rope.theta, 5e5);
 }
 
 /// What loading says after `change` has had its way with a good folder.

@@ -16,9 +16,9 @@ namespace {
 using ::testing::HasSubstr;
 
 TEST(RopeTest, RotatesPairsByTheirAngles) {
-  const Rope rope(8, 500.0);
+  const Rope rope({.theta = 500.0}, 8);
   std::vector<float> table;
-  rope.tables(100000, 3, table);
+  rope.tables(100000, 3, 100003, table);
   for (std::int64_t token = 0; token < 3; ++token) {
     std::vector<float> row{1, -2, 3, 0.5F, 2, 1, -1, 4, 0, 1, 0, 0, 0, 0, 0, 1};
     const std::vector<float> before = row;

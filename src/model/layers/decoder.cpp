@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <cassert>
-#include <cstring>
+#include <cmath>
 
 #include "core/parallel.h"
 #include "model/layers/elementwise.h"
-#include "model/layers/linear.h"
+#include "model/layers/layer_method.h"
 
 namespace tessera::model {
 
@@ -22,17 +22,28 @@ void size_to(std::vector<float>& buffer, std::int64_t elements) {
 }  // namespace
 
 Decoder::Decoder(const ModelConfig& config, const Weights& weights)
-    : config_(config), weights_(weights), rope_(config.head_dim, config.rope_theta) {}
+    : config_(config),
+      weights_(weights),
+      rope_(config.rope, config.head_dim),
+      local_rope_(config.local_rope, config.head_dim),
+      feed_forward_(config) {}
 
 std::int64_t Decoder::bytes_per_token(const ModelConfig& config) {
   return static_cast<std::int64_t>(sizeof(float)) * (config.hidden_size + 2 * config.q_heads * config.head_dim);
 }
 
+std::int64_t Decoder::scratch_bytes(const ModelConfig& config) {
+  const std::int64_t floats =
+      2 * config.hidden_size + (2 * config.kv_heads + 1) * config.head_dim + FeedForward::floats_per_row(config);
+  return static_cast<std::int64_t>(sizeof(float)) * kGroupRows * floats;
+}
+
 void Decoder::release() {
   for (std::vector<float>* buffer :
-       {&hidden_, &queries_, &attended_, &normed_, &projected_, &keys_, &values_, &gate_, &up_, &rotations_}) {
+       {&hidden_, &queries_, &attended_, &normed_, &projected_, &keys_, &values_, &rotations_}) {
     std::vector<float>().swap(*buffer);  // assigning {} would keep the memory
   }
+  feed_forward_.release();
 }
 
 std::span<const float> Decoder::forward(std::span<const std::int32_t> tokens,
@@ -41,7 +52,6 @@ std::span<const float> Decoder::forward(std::span<const std::int32_t> tokens,
   assert(static_cast<std::int64_t>(caches.size()) == config_.layers);
   rows_ = static_cast<std::int64_t>(tokens.size());
   const std::int64_t hidden = config_.hidden_size;
-  const int threads = call.run.threads;
   size_to(hidden_, rows_ * hidden);
   size_to(queries_, rows_ * config_.q_heads * config_.head_dim);
   size_to(attended_, rows_ * config_.q_heads * config_.head_dim);
@@ -50,21 +60,20 @@ std::span<const float> Decoder::forward(std::span<const std::int32_t> tokens,
   size_to(projected_, group * hidden);
   size_to(keys_, group * config_.kv_heads * config_.head_dim);
   size_to(values_, group * config_.kv_heads * config_.head_dim);
-  size_to(gate_, group * config_.intermediate_size);
-  size_to(up_, group * config_.intermediate_size);
 
   for (std::int64_t row = 0; row < rows_; ++row) {
     const std::int64_t token = tokens[static_cast<std::size_t>(row)];
     assert(token >= 0 && token < config_.vocab_size);
-    std::memcpy(hidden_.data() + row * hidden, weights_.embedding.values.data() + token * hidden,
-                static_cast<std::size_t>(hidden) * sizeof(float));
+    weights_.embedding->row(token, hidden_.data() + row * hidden);
+  }
+  if (config_.embedding_scale != 1) {
+    scale(hidden_.data(), rows_, hidden, static_cast<float>(config_.embedding_scale), call.run.threads);
   }
   for (std::int64_t i = 0; i < config_.layers; ++i) {
-    const LayerWeights& layer = weights_.layers[static_cast<std::size_t>(i)];
     LayerCache& cache = *caches[static_cast<std::size_t>(i)];
     project_inputs(i, cache, call);
     attend(i, cache, call, attention_ms);
-    finish_layer(layer, threads);
+    finish_layer(i, {.threads = call.run.threads, .exact = call.exact});
     if (call.after_layer) call.after_layer(i + 1);
   }
   return {hidden_.data(), static_cast<std::size_t>(rows_ * hidden)};
@@ -72,7 +81,9 @@ std::span<const float> Decoder::forward(std::span<const std::int32_t> tokens,
 
 void Decoder::project_inputs(std::int64_t layer_index, LayerCache& cache, const AttentionCall& call) {
   const LayerWeights& layer = weights_.layers[static_cast<std::size_t>(layer_index)];
+  const LayerRope kind = config_.layer(layer_index).rope;
   const int threads = call.run.threads;
+  const ProductOptions products{.threads = threads, .exact = call.exact};
   const std::int64_t position = cache.tokens();
   const std::int64_t hidden = config_.hidden_size;
   const std::int64_t q_width = config_.q_heads * config_.head_dim;
@@ -80,22 +91,26 @@ void Decoder::project_inputs(std::int64_t layer_index, LayerCache& cache, const 
   for (std::int64_t first = 0; first < rows_; first += kGroupRows) {
     const std::int64_t rows = std::min(kGroupRows, rows_ - first);
     float* queries = queries_.data() + first * q_width;
-    rms_norm(hidden_.data() + first * hidden, rows, layer.attention_norm.values, config_.norm_epsilon, normed_.data(),
+    rms_norm(hidden_.data() + first * hidden, rows, layer.attention_norm, config_.norm_epsilon, normed_.data(),
              threads);
-    linear(layer.q.values, hidden, q_width, normed_.data(), rows, queries, threads);
-    linear(layer.k.values, hidden, kv_width, normed_.data(), rows, keys_.data(), threads);
-    linear(layer.v.values, hidden, kv_width, normed_.data(), rows, values_.data(), threads);
-    rope_.tables(position + first, rows, rotations_);
-    constexpr std::int64_t rows_per_item = 32;
-    parallel_for((rows + rows_per_item - 1) / rows_per_item, threads, [&](std::int64_t item, int) {
-      const std::int64_t begin = item * rows_per_item;
-      const std::int64_t end = std::min(rows, begin + rows_per_item);
-      for (std::int64_t row = begin; row < end; ++row) {
-        const float* table = rotations_.data() + row * config_.head_dim;
-        rope_.rotate(queries + row * q_width, config_.q_heads, table);
-        rope_.rotate(keys_.data() + row * kv_width, config_.kv_heads, table);
-      }
-    });
+    layer.q->multiply(normed_.data(), rows, queries, products);
+    layer.k->multiply(normed_.data(), rows, keys_.data(), products);
+    layer.v->multiply(normed_.data(), rows, values_.data(), products);
+    add_bias(queries, rows, layer.q_bias, threads);
+    add_bias(keys_.data(), rows, layer.k_bias, threads);
+    add_bias(values_.data(), rows, layer.v_bias, threads);
+    if (config_.qk_norm) {
+      rms_norm(queries, rows * config_.q_heads, layer.q_norm, config_.norm_epsilon, queries, threads);
+      rms_norm(keys_.data(), rows * config_.kv_heads, layer.k_norm, config_.norm_epsilon, keys_.data(), threads);
+    }
+    if (kind != LayerRope::none) {
+      rotate(kind == LayerRope::local ? local_rope_ : rope_, position + first, rows, call, queries);
+    }
+    if (config_.attention_scale != 0) {
+      // Methods and caches scale by 1 / sqrt(head_dim); the rest of the model's own scale goes into the queries.
+      const double factor = config_.attention_scale * std::sqrt(static_cast<double>(config_.head_dim));
+      if (factor != 1) scale(queries, rows, q_width, static_cast<float>(factor), threads);
+    }
     if (call.on_projections) {
       const auto kv_size = static_cast<std::size_t>(rows * kv_width);
       call.on_projections({.layer = layer_index,
@@ -109,11 +124,29 @@ void Decoder::project_inputs(std::int64_t layer_index, LayerCache& cache, const 
   }
 }
 
+void Decoder::rotate(const Rope& rope, std::int64_t position, std::int64_t rows, const AttentionCall& call,
+                     float* queries) {
+  rope.tables(position, rows, std::max(call.length, position + rows), rotations_);
+  constexpr std::int64_t rows_per_item = 32;
+  parallel_for((rows + rows_per_item - 1) / rows_per_item, call.run.threads, [&](std::int64_t item, int) {
+    const std::int64_t begin = item * rows_per_item;
+    const std::int64_t end = std::min(rows, begin + rows_per_item);
+    for (std::int64_t row = begin; row < end; ++row) {
+      const float* table = rotations_.data() + row * rope.dims();
+      rope.rotate(queries + row * config_.q_heads * config_.head_dim, config_.q_heads, table);
+      rope.rotate(keys_.data() + row * config_.kv_heads * config_.head_dim, config_.kv_heads, table);
+    }
+  });
+}
+
 void Decoder::attend(std::int64_t layer_index, LayerCache& cache, const AttentionCall& call, double& attention_ms) {
   const std::array<std::int64_t, 4> shape{1, config_.q_heads, rows_, config_.head_dim};
+  const LayerMethod method(*call.method, config_.layer(layer_index).window,
+                           static_cast<float>(config_.attention_softcap));
+  const bool changed = config_.layer(layer_index).window > 0 || config_.attention_softcap != 0;
   Plan plan;
   CacheCall cache_call;
-  cache_call.method = call.method;
+  cache_call.method = changed ? &method : call.method;
   cache_call.prompt = call.prompt;
   cache_call.q = view_of(queries_.data(), DType::f32, shape, Layout::bnhd);
   cache_call.outputs = {mutable_view_of(attended_.data(), DType::f32, shape, Layout::bnhd), {}};
@@ -125,31 +158,38 @@ void Decoder::attend(std::int64_t layer_index, LayerCache& cache, const Attentio
   if (call.prompt_ends) cache.finish_prefill(context);
 }
 
-void Decoder::finish_layer(const LayerWeights& layer, int threads) {
+void Decoder::finish_layer(std::int64_t layer_index, const ProductOptions& products) {
+  const LayerWeights& layer = weights_.layers[static_cast<std::size_t>(layer_index)];
   const std::int64_t hidden = config_.hidden_size;
   const std::int64_t q_width = config_.q_heads * config_.head_dim;
-  const std::int64_t inner = config_.intermediate_size;
+  const int threads = products.threads;
+  const auto join = [&](float* residual, std::int64_t rows, const std::vector<float>& post_norm) {
+    if (!post_norm.empty()) {
+      rms_norm(projected_.data(), rows, post_norm, config_.norm_epsilon, projected_.data(), threads);
+    }
+    add(residual, projected_.data(), rows, hidden, threads);
+  };
   for (std::int64_t first = 0; first < rows_; first += kGroupRows) {
     const std::int64_t rows = std::min(kGroupRows, rows_ - first);
     float* residual = hidden_.data() + first * hidden;
-    linear(layer.o.values, q_width, hidden, attended_.data() + first * q_width, rows, projected_.data(), threads);
-    add(residual, projected_.data(), rows, hidden, threads);
-    rms_norm(residual, rows, layer.mlp_norm.values, config_.norm_epsilon, normed_.data(), threads);
-    linear(layer.gate.values, hidden, inner, normed_.data(), rows, gate_.data(), threads);
-    linear(layer.up.values, hidden, inner, normed_.data(), rows, up_.data(), threads);
-    silu_product(gate_.data(), up_.data(), rows, inner, threads);
-    linear(layer.down.values, inner, hidden, gate_.data(), rows, projected_.data(), threads);
-    add(residual, projected_.data(), rows, hidden, threads);
+    layer.o->multiply(attended_.data() + first * q_width, rows, projected_.data(), products);
+    add_bias(projected_.data(), rows, layer.o_bias, threads);
+    join(residual, rows, layer.attention_post_norm);
+    rms_norm(residual, rows, layer.mlp_norm, config_.norm_epsilon, normed_.data(), threads);
+    feed_forward_.run(layer, normed_.data(), rows, projected_.data(), products);
+    join(residual, rows, layer.mlp_post_norm);
   }
 }
 
-void Decoder::head(std::span<const float> hidden, std::vector<float>& logits, int threads) {
+void Decoder::head(std::span<const float> hidden, std::vector<float>& logits, const ProductOptions& products) {
   const auto rows = static_cast<std::int64_t>(hidden.size()) / config_.hidden_size;
   size_to(normed_, rows * config_.hidden_size);
   logits.resize(static_cast<std::size_t>(rows * config_.vocab_size));
-  rms_norm(hidden.data(), rows, weights_.norm.values, config_.norm_epsilon, normed_.data(), threads);
-  linear(weights_.head_of(config_).values, config_.hidden_size, config_.vocab_size, normed_.data(), rows, logits.data(),
-         threads);
+  rms_norm(hidden.data(), rows, weights_.norm, config_.norm_epsilon, normed_.data(), products.threads);
+  weights_.output_head().multiply(normed_.data(), rows, logits.data(), products);
+  if (config_.final_softcap != 0) {
+    soft_cap(logits.data(), rows, config_.vocab_size, config_.final_softcap, products.threads);
+  }
 }
 
 }  // namespace tessera::model

@@ -1,4 +1,5 @@
-// The forward pass of a pre-norm decoder: embedding, layers of attention and SwiGLU, head.
+// The forward pass of a decoder: embedding, layers of attention and gated feed-forward parts or experts, head. One for
+// all architectures; ModelConfig says what a layer has.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "model/layers/feed_forward.h"
 #include "model/rope.h"
 #include "model/weights.h"
 #include "tessera/cache.h"
@@ -22,6 +24,8 @@ struct AttentionCall {
   RunOptions run;
   bool prompt = false;       ///< the tokens belong to the prompt
   bool prompt_ends = false;  ///< with these tokens: caches may compress
+  bool exact = false;        ///< see SessionOptions::exact_products
+  std::int64_t length = 0;   ///< tokens of the sequence once the prompt is in: what some rotary scalings depend on
   /// Receives the plan of each layer if set.
   std::function<void(std::int64_t layer, const Plan& plan)> on_plan;
   /// Receives the queries, keys and values of the pass if set.
@@ -43,21 +47,26 @@ class Decoder {
                                  std::span<const std::unique_ptr<LayerCache>> caches, const AttentionCall& call,
                                  double& attention_ms);
   /// Final norm and head: logits [rows][vocab] of hidden states [rows][hidden].
-  void head(std::span<const float> hidden, std::vector<float>& logits, int threads);
+  void head(std::span<const float> hidden, std::vector<float>& logits, const ProductOptions& products);
 
   /// Activations of a pass over one token, in bytes: what the default chunk length is judged by.
   static std::int64_t bytes_per_token(const ModelConfig& config);
+  /// What a pass needs beside that, however long.
+  static std::int64_t scratch_bytes(const ModelConfig& config);
   /// Gives the activations' memory back.
   void release();
 
  private:
   void project_inputs(std::int64_t layer_index, LayerCache& cache, const AttentionCall& call);
   void attend(std::int64_t layer_index, LayerCache& cache, const AttentionCall& call, double& attention_ms);
-  void finish_layer(const LayerWeights& layer, int threads);
+  void finish_layer(std::int64_t layer_index, const ProductOptions& products);
+  void rotate(const Rope& rope, std::int64_t position, std::int64_t rows, const AttentionCall& call, float* queries);
 
   const ModelConfig& config_;
   const Weights& weights_;
   Rope rope_;
+  Rope local_rope_;
+  FeedForward feed_forward_;
   std::int64_t rows_ = 0;  ///< tokens of the pass
   // Of the whole pass.
   std::vector<float> hidden_;    ///< [rows][hidden]
@@ -68,9 +77,7 @@ class Decoder {
   std::vector<float> projected_;  ///< [group][hidden]: what joins the residual stream
   std::vector<float> keys_;       ///< [group][kv_heads * head_dim]
   std::vector<float> values_;     ///< [group][kv_heads * head_dim]
-  std::vector<float> gate_;       ///< [group][intermediate]
-  std::vector<float> up_;         ///< [group][intermediate]
-  std::vector<float> rotations_;  ///< [group][head_dim]
+  std::vector<float> rotations_;  ///< [group][rotated dimensions]
 };
 
 }  // namespace tessera::model

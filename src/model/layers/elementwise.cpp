@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numbers>
 
 #include "core/parallel.h"
 
@@ -74,11 +75,50 @@ void silu_product_backward(const float* gate, float* up, float* d_out, std::int6
   });
 }
 
-void silu_product(float* gate, const float* up, std::int64_t rows, std::int64_t width, int threads) {
+void gated_product(Activation activation, float* gate, const float* up, std::int64_t rows, std::int64_t width,
+                   int threads) {
+  const auto apply = [&](const auto& function) {
+    for_rows(rows, threads, [&](std::int64_t row) {
+      float* g = gate + row * width;
+      const float* u = up + row * width;
+      for (std::int64_t i = 0; i < width; ++i) g[i] = function(g[i]) * u[i];
+    });
+  };
+  switch (activation) {
+    case Activation::silu:
+      return apply([](float x) { return x / (1.0F + std::exp(-x)); });
+    case Activation::gelu:
+      return apply([](float x) { return 0.5F * x * (1.0F + std::erf(x * std::numbers::sqrt2_v<float> / 2)); });
+    case Activation::gelu_tanh: {
+      constexpr float root = 0.7978845608F;  // sqrt(2 / pi)
+      return apply([](float x) { return 0.5F * x * (1.0F + std::tanh(root * (x + 0.044715F * x * x * x))); });
+    }
+  }
+}
+
+void add_bias(float* x, std::int64_t rows, std::span<const float> bias, int threads) {
+  if (bias.empty()) return;
+  const auto width = static_cast<std::int64_t>(bias.size());
   for_rows(rows, threads, [&](std::int64_t row) {
-    float* g = gate + row * width;
-    const float* u = up + row * width;
-    for (std::int64_t i = 0; i < width; ++i) g[i] = g[i] / (1.0F + std::exp(-g[i])) * u[i];
+    float* to = x + row * width;
+#pragma omp simd
+    for (std::int64_t i = 0; i < width; ++i) to[i] += bias[static_cast<std::size_t>(i)];
+  });
+}
+
+void scale(float* x, std::int64_t rows, std::int64_t width, float factor, int threads) {
+  for_rows(rows, threads, [&](std::int64_t row) {
+    float* to = x + row * width;
+#pragma omp simd
+    for (std::int64_t i = 0; i < width; ++i) to[i] *= factor;
+  });
+}
+
+void soft_cap(float* x, std::int64_t rows, std::int64_t width, double cap, int threads) {
+  const auto most = static_cast<float>(cap);
+  for_rows(rows, threads, [&](std::int64_t row) {
+    float* to = x + row * width;
+    for (std::int64_t i = 0; i < width; ++i) to[i] = most * std::tanh(to[i] / most);
   });
 }
 
