@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <array>
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <limits>
@@ -34,6 +35,8 @@ struct Options {
   std::optional<std::int64_t> chunk;
   std::string kv_dtype = "f32";
   std::int64_t max_length = 0;
+  double memory_limit = 0;
+  bool exact_products = false;
   bool ignore_eos = false;
   bool bits_per_byte = false;
   std::string logits_out;
@@ -70,6 +73,12 @@ SessionOptions session_options(const Options& options) {
   result.kv_dtype = cache_type_from_name(options.kv_dtype);
   result.chunk = options.chunk;
   result.capacity = options.max_length;
+  require(std::isfinite(options.memory_limit) && options.memory_limit < 1e9,
+          "--memory-limit is {} MB; expected 0 (what is available), a number of MB, or a negative number (none)",
+          options.memory_limit);
+  result.memory_limit =
+      options.memory_limit < 0 ? -1 : static_cast<std::int64_t>(std::llround(options.memory_limit * 1e6));
+  result.exact_products = options.exact_products;
   result.run = run_options_of(options.run);
   result.cancelled = [] { return interrupted(); };
   return result;
@@ -192,6 +201,11 @@ void add_run(CLI::App& app) {
                    "Keys and values in the cache: f32, bf16, f16 or i8 (8 bits, a scale per token)")
       ->capture_default_str();
   command->add_option("--max-length", options->max_length, "Longest sequence (default: the model's limit)");
+  command->add_option("--memory-limit", options->memory_limit,
+                      "Refuse a prompt whose cache and activations need more MB (default: what is available; negative: "
+                      "never)");
+  command->add_flag("--exact-products", options->exact_products,
+                    "Multiply bf16 weights with float32 activations, more slowly");
   command->add_flag("--ignore-eos", options->ignore_eos, "Do not stop at an end-of-sequence token");
   command->add_flag("--bits-per-byte", options->bits_per_byte,
                     "Measure the bits per byte of the prompt (always with --json)");

@@ -43,16 +43,16 @@ struct RopeConfig {
   std::int64_t dims = 0;     ///< of each head that rotate, the first ones; even; 0: all
   bool interleaved = false;  ///< pairs are neighbours (2i, 2i + 1), not i and i + dims / 2
   RopeScaling scaling = RopeScaling::none;
-  double factor = 1;                    ///< linear, dynamic, yarn, llama3; at least 1 for dynamic and yarn
-  std::int64_t original_positions = 0;  ///< longest sequence of pretraining; every scaling but linear reads it
-  double attention_factor = 1;          ///< cosines and sines times this: yarn and longrope
-  double beta_fast = 32;                ///< yarn: rotations above which a frequency is kept
-  double beta_slow = 1;                 ///< yarn: rotations below which it is divided by the factor
-  bool whole_dims = true;               ///< yarn: the ramp starts and ends at whole dimensions
-  double low_frequency_factor = 1;      ///< llama3: waves above original_positions / this are long
-  double high_frequency_factor = 4;     ///< llama3: waves below original_positions / this are short
-  std::vector<double> short_factors;    ///< longrope: [dims / 2]
-  std::vector<double> long_factors;     ///< longrope: [dims / 2], for sequences above original_positions
+  double factor = 1;                       ///< linear, dynamic, yarn, llama3; at least 1 for dynamic and yarn
+  std::int64_t original_positions = 0;     ///< longest sequence of pretraining; every scaling but linear reads it
+  double attention_factor = 1;             ///< cosines and sines times this: yarn and longrope
+  double beta_fast = 32;                   ///< yarn: rotations above which a frequency is kept
+  double beta_slow = 1;                    ///< yarn: rotations below which it is divided by the factor
+  bool whole_dims = true;                  ///< yarn: the ramp starts and ends at whole dimensions
+  double low_frequency_factor = 1;         ///< llama3: waves above original_positions / this are long
+  double high_frequency_factor = 4;        ///< llama3: waves below original_positions / this are short
+  std::vector<double> short_factors = {};  ///< longrope: [dims / 2]
+  std::vector<double> long_factors = {};   ///< longrope: [dims / 2], for sequences above original_positions
   friend bool operator==(const RopeConfig&, const RopeConfig&) = default;
 };
 /// What cosines and sines are multiplied by when a YaRN configuration does not say: m(factor, mscale) / m(factor,
@@ -131,7 +131,7 @@ struct ArchitectureInfo {
   std::string_view differences;  ///< from plain Llama
 };
 std::span<const ArchitectureInfo> architectures();
-/// They, and the rotary scalings, as tables in Markdown.
+/// They, and the rotary scalings, as a page in Markdown.
 std::string architectures_markdown();
 
 /// Number types of the key/value cache.

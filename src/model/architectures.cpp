@@ -68,7 +68,9 @@ void read_qwen3_moe(const ConfigReader& reader, ModelConfig& config) {
   config.qk_norm = true;
   const bool used = reader.value_or("use_sliding_window", false);
   read_windows(reader, config, [&](std::int64_t) { return used; });
-  config.experts.count = reader.size("num_experts", kMostExperts);
+  // Both spellings occur.
+  const std::string_view count = reader.find("num_local_experts") != nullptr ? "num_local_experts" : "num_experts";
+  config.experts.count = reader.size(count, kMostExperts);
   config.experts.chosen = reader.size("num_experts_per_tok", kMostExperts);
   config.experts.intermediate_size = reader.size("moe_intermediate_size", kLargestSize);
   config.experts.normalise = reader.value_or("norm_topk_prob", false);
@@ -155,7 +157,8 @@ constexpr std::array kArchitectures{
                  .read = read_mistral},
     Architecture{.info = {"mixtral", "MixtralForCausalLM", "Mixtral 8x7B, 8x22B",
                           "mixture of experts, weights of the chosen add up to 1"},
-                 .read = read_mixtral},
+                 .read = read_mixtral,
+                 .rope_theta = 1e6},
     Architecture{.info = {"qwen2", "Qwen2ForCausalLM", "Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen",
                           "biases of queries, keys and values; sliding window in upper layers if asked for"},
                  .read = read_qwen2},

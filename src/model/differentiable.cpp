@@ -68,7 +68,7 @@ class DifferentiableDecoder::Implementation {
         const std::int64_t rows = std::min(kGroupRows, rows_ - first);
         add_attention(layer, attended_[at], first, rows, out + first * hidden);
         feed(layer, out + first * hidden, rows);
-        gated_product(Activation::silu, gate_.data(), up_.data(), rows, config_.intermediate_size, threads_);
+        gated_product(Activation::silu, gate_.data(), up_.data(), rows, config_.intermediate_size, products());
         layer.mlp.down->multiply(gate_.data(), rows, joined_.data(), products());
         add(out + first * hidden, joined_.data(), rows, hidden, threads_);
       }
@@ -145,7 +145,7 @@ class DifferentiableDecoder::Implementation {
 
  private:
   /// Gradients are of the exact products.
-  ProductOptions products() const { return {.threads = threads_, .exact = true}; }
+  ProductOptions products() const { return {.threads = threads_, .exact = true, .isa = {}, .scratch = nullptr}; }
   Problem problem() const {
     Problem problem;
     problem.q_heads = config_.q_heads;

@@ -4,18 +4,30 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "tessera/attention.h"
 #include "tessera/core.h"
 
 namespace tessera::model {
 
+/// Memory that products use again. One product at a time.
+struct ProductScratch {
+  std::vector<std::uint32_t> rows;    ///< activations as the product reads them
+  std::vector<std::uint32_t> panels;  ///< packed weights, per thread
+};
+
 struct ProductOptions {
   int threads = 0;
-  bool exact = false;  ///< see SessionOptions::exact_products
+  bool exact = false;                 ///< see SessionOptions::exact_products
+  std::optional<Isa> isa;             ///< absent: default_isa()
+  ProductScratch* scratch = nullptr;  ///< null: allocated and freed by the call
 };
+
+struct ProductLevel;
 
 /// A weight matrix [outputs][inputs]. Immutable.
 class Matrix {
@@ -55,8 +67,10 @@ class DenseMatrix final : public Matrix {
   std::size_t heap_bytes() const override { return copy_.size(); }
 
  private:
-  /// Rows [first, first + count) as floats: in place, or widened into `storage`.
-  const float* rows_as_float(std::int64_t first, std::int64_t count, std::vector<float>& storage) const;
+  const std::byte* row_bytes(std::int64_t output) const;
+  void stream(const ProductLevel& level, const float* x, std::int64_t rows, float* y, int threads) const;
+  void pack(const ProductLevel& level, const float* x, std::int64_t rows, float* y,
+            const ProductOptions& options) const;
 
   const std::byte* data_;
   DType dtype_;

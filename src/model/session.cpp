@@ -137,7 +137,7 @@ class Session::Implementation {
       if (observer.on_logits) {
         give_logits(hidden, before + first, observer);
       } else if (first + rows == total) {
-        decoder_.head(last_row(hidden), logits_, products());
+        decoder_.head(last_row(hidden), logits_, options_.run, options_.exact_products);
       }
     }
     statistics_.prefill_tokens += total;
@@ -163,7 +163,7 @@ class Session::Implementation {
     call.exact = options_.exact_products;
     const auto hidden = forward(tokens, call);
     note_peak();
-    decoder_.head(hidden, logits_, products());
+    decoder_.head(hidden, logits_, options_.run, options_.exact_products);
     statistics_.decode_tokens += 1;
     statistics_.decode_ms += milliseconds_since(start);
     return last_logits();
@@ -217,8 +217,6 @@ class Session::Implementation {
   }
 
  private:
-  model::ProductOptions products() const { return {.threads = options_.run.threads, .exact = options_.exact_products}; }
-
   /// Whether a layer may have to leave keys out that lie before its window.
   bool in_window(std::int64_t layer) const {
     const std::int64_t window = model_.config().layer(layer).window;
@@ -237,7 +235,8 @@ class Session::Implementation {
 
   /// Bytes of a row of keys or values of all heads.
   double bytes_per_row(std::int64_t numbers) const {
-    if (options_.kv_dtype != CacheType::i8) return static_cast<double>(numbers) * size_of(shape_.dtype);
+    if (options_.kv_dtype != CacheType::i8)
+      return static_cast<double>(numbers) * static_cast<double>(size_of(shape_.dtype));
     return static_cast<double>(numbers) + 8.0 * static_cast<double>(shape_.kv_heads);
   }
 
@@ -324,7 +323,7 @@ class Session::Implementation {
     const auto slice = static_cast<std::size_t>(std::clamp<std::int64_t>(fitting, 1, 1024));
     for (std::size_t first = 0; first < hidden.size() / width; first += slice) {
       const std::size_t rows = std::min(slice, hidden.size() / width - first);
-      decoder_.head(hidden.subspan(first * width, rows * width), logits_, products());
+      decoder_.head(hidden.subspan(first * width, rows * width), logits_, options_.run, options_.exact_products);
       observer.on_logits(position + static_cast<std::int64_t>(first), logits_);
       check_cancelled();
     }

@@ -44,6 +44,7 @@ void Decoder::release() {
     std::vector<float>().swap(*buffer);  // assigning {} would keep the memory
   }
   feed_forward_.release();
+  scratch_ = {};
 }
 
 std::span<const float> Decoder::forward(std::span<const std::int32_t> tokens,
@@ -73,7 +74,7 @@ std::span<const float> Decoder::forward(std::span<const std::int32_t> tokens,
     LayerCache& cache = *caches[static_cast<std::size_t>(i)];
     project_inputs(i, cache, call);
     attend(i, cache, call, attention_ms);
-    finish_layer(i, {.threads = call.run.threads, .exact = call.exact});
+    finish_layer(i, products(call.run, call.exact));
     if (call.after_layer) call.after_layer(i + 1);
   }
   return {hidden_.data(), static_cast<std::size_t>(rows_ * hidden)};
@@ -83,7 +84,7 @@ void Decoder::project_inputs(std::int64_t layer_index, LayerCache& cache, const 
   const LayerWeights& layer = weights_.layers[static_cast<std::size_t>(layer_index)];
   const LayerRope kind = config_.layer(layer_index).rope;
   const int threads = call.run.threads;
-  const ProductOptions products{.threads = threads, .exact = call.exact};
+  const ProductOptions options = products(call.run, call.exact);
   const std::int64_t position = cache.tokens();
   const std::int64_t hidden = config_.hidden_size;
   const std::int64_t q_width = config_.q_heads * config_.head_dim;
@@ -93,9 +94,9 @@ void Decoder::project_inputs(std::int64_t layer_index, LayerCache& cache, const 
     float* queries = queries_.data() + first * q_width;
     rms_norm(hidden_.data() + first * hidden, rows, layer.attention_norm, config_.norm_epsilon, normed_.data(),
              threads);
-    layer.q->multiply(normed_.data(), rows, queries, products);
-    layer.k->multiply(normed_.data(), rows, keys_.data(), products);
-    layer.v->multiply(normed_.data(), rows, values_.data(), products);
+    layer.q->multiply(normed_.data(), rows, queries, options);
+    layer.k->multiply(normed_.data(), rows, keys_.data(), options);
+    layer.v->multiply(normed_.data(), rows, values_.data(), options);
     add_bias(queries, rows, layer.q_bias, threads);
     add_bias(keys_.data(), rows, layer.k_bias, threads);
     add_bias(values_.data(), rows, layer.v_bias, threads);
@@ -158,11 +159,11 @@ void Decoder::attend(std::int64_t layer_index, LayerCache& cache, const Attentio
   if (call.prompt_ends) cache.finish_prefill(context);
 }
 
-void Decoder::finish_layer(std::int64_t layer_index, const ProductOptions& products) {
+void Decoder::finish_layer(std::int64_t layer_index, const ProductOptions& options) {
   const LayerWeights& layer = weights_.layers[static_cast<std::size_t>(layer_index)];
   const std::int64_t hidden = config_.hidden_size;
   const std::int64_t q_width = config_.q_heads * config_.head_dim;
-  const int threads = products.threads;
+  const int threads = options.threads;
   const auto join = [&](float* residual, std::int64_t rows, const std::vector<float>& post_norm) {
     if (!post_norm.empty()) {
       rms_norm(projected_.data(), rows, post_norm, config_.norm_epsilon, projected_.data(), threads);
@@ -172,23 +173,23 @@ void Decoder::finish_layer(std::int64_t layer_index, const ProductOptions& produ
   for (std::int64_t first = 0; first < rows_; first += kGroupRows) {
     const std::int64_t rows = std::min(kGroupRows, rows_ - first);
     float* residual = hidden_.data() + first * hidden;
-    layer.o->multiply(attended_.data() + first * q_width, rows, projected_.data(), products);
+    layer.o->multiply(attended_.data() + first * q_width, rows, projected_.data(), options);
     add_bias(projected_.data(), rows, layer.o_bias, threads);
     join(residual, rows, layer.attention_post_norm);
     rms_norm(residual, rows, layer.mlp_norm, config_.norm_epsilon, normed_.data(), threads);
-    feed_forward_.run(layer, normed_.data(), rows, projected_.data(), products);
+    feed_forward_.run(layer, normed_.data(), rows, projected_.data(), options);
     join(residual, rows, layer.mlp_post_norm);
   }
 }
 
-void Decoder::head(std::span<const float> hidden, std::vector<float>& logits, const ProductOptions& products) {
+void Decoder::head(std::span<const float> hidden, std::vector<float>& logits, const RunOptions& run, bool exact) {
   const auto rows = static_cast<std::int64_t>(hidden.size()) / config_.hidden_size;
   size_to(normed_, rows * config_.hidden_size);
   logits.resize(static_cast<std::size_t>(rows * config_.vocab_size));
-  rms_norm(hidden.data(), rows, weights_.norm, config_.norm_epsilon, normed_.data(), products.threads);
-  weights_.output_head().multiply(normed_.data(), rows, logits.data(), products);
+  rms_norm(hidden.data(), rows, weights_.norm, config_.norm_epsilon, normed_.data(), run.threads);
+  weights_.output_head().multiply(normed_.data(), rows, logits.data(), products(run, exact));
   if (config_.final_softcap != 0) {
-    soft_cap(logits.data(), rows, config_.vocab_size, config_.final_softcap, products.threads);
+    soft_cap(logits.data(), rows, config_.vocab_size, config_.final_softcap, run.threads);
   }
 }
 

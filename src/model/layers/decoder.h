@@ -47,7 +47,7 @@ class Decoder {
                                  std::span<const std::unique_ptr<LayerCache>> caches, const AttentionCall& call,
                                  double& attention_ms);
   /// Final norm and head: logits [rows][vocab] of hidden states [rows][hidden].
-  void head(std::span<const float> hidden, std::vector<float>& logits, const ProductOptions& products);
+  void head(std::span<const float> hidden, std::vector<float>& logits, const RunOptions& run, bool exact);
 
   /// Activations of a pass over one token, in bytes: what the default chunk length is judged by.
   static std::int64_t bytes_per_token(const ModelConfig& config);
@@ -60,6 +60,9 @@ class Decoder {
   void project_inputs(std::int64_t layer_index, LayerCache& cache, const AttentionCall& call);
   void attend(std::int64_t layer_index, LayerCache& cache, const AttentionCall& call, double& attention_ms);
   void finish_layer(std::int64_t layer_index, const ProductOptions& products);
+  ProductOptions products(const RunOptions& run, bool exact) {
+    return {.threads = run.threads, .exact = exact, .isa = run.isa, .scratch = &scratch_};
+  }
   void rotate(const Rope& rope, std::int64_t position, std::int64_t rows, const AttentionCall& call, float* queries);
 
   const ModelConfig& config_;
@@ -67,6 +70,7 @@ class Decoder {
   Rope rope_;
   Rope local_rope_;
   FeedForward feed_forward_;
+  ProductScratch scratch_;
   std::int64_t rows_ = 0;  ///< tokens of the pass
   // Of the whole pass.
   std::vector<float> hidden_;    ///< [rows][hidden]

@@ -5,6 +5,7 @@
 #include <numbers>
 
 #include "core/parallel.h"
+#include "model/products.h"
 
 namespace tessera::model {
 
@@ -76,24 +77,20 @@ void silu_product_backward(const float* gate, float* up, float* d_out, std::int6
 }
 
 void gated_product(Activation activation, float* gate, const float* up, std::int64_t rows, std::int64_t width,
-                   int threads) {
-  const auto apply = [&](const auto& function) {
-    for_rows(rows, threads, [&](std::int64_t row) {
-      float* g = gate + row * width;
-      const float* u = up + row * width;
-      for (std::int64_t i = 0; i < width; ++i) g[i] = function(g[i]) * u[i];
-    });
-  };
-  switch (activation) {
-    case Activation::silu:
-      return apply([](float x) { return x / (1.0F + std::exp(-x)); });
-    case Activation::gelu:
-      return apply([](float x) { return 0.5F * x * (1.0F + std::erf(x * std::numbers::sqrt2_v<float> / 2)); });
-    case Activation::gelu_tanh: {
-      constexpr float root = 0.7978845608F;  // sqrt(2 / pi)
-      return apply([](float x) { return 0.5F * x * (1.0F + std::tanh(root * (x + 0.044715F * x * x * x))); });
-    }
+                   const ProductOptions& options) {
+  if (activation != Activation::gelu) {
+    const ProductLevel& level = products_of(options.isa.value_or(default_isa()));
+    for_rows(rows, options.threads,
+             [&](std::int64_t row) { level.gated(activation, gate + row * width, up + row * width, width); });
+    return;
   }
+  for_rows(rows, options.threads, [&](std::int64_t row) {
+    float* g = gate + row * width;
+    const float* u = up + row * width;
+    for (std::int64_t i = 0; i < width; ++i) {
+      g[i] *= 0.5F * (1.0F + std::erf(g[i] * std::numbers::sqrt2_v<float> / 2)) * u[i];
+    }
+  });
 }
 
 void add_bias(float* x, std::int64_t rows, std::span<const float> bias, int threads) {

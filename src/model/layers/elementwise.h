@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <span>
 
+#include "model/matrix.h"
 #include "tessera/model.h"
 
 namespace tessera::model {
@@ -18,7 +19,7 @@ void rms_norm_backward(const float* x, std::int64_t rows, std::span<const float>
 
 /// gate[r] = f(gate[r]) * up[r], the middle of gated feed-forward layers, arXiv:2002.05202. `width` numbers per row.
 void gated_product(Activation activation, float* gate, const float* up, std::int64_t rows, std::int64_t width,
-                   int threads);
+                   const ProductOptions& options);
 
 /// Gradients of silu(gate) * up: the one of gate replaces d_out, the one of up replaces up.
 void silu_product_backward(const float* gate, float* up, float* d_out, std::int64_t rows, std::int64_t width,

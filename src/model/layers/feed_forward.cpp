@@ -92,7 +92,7 @@ void FeedForward::run_one(const FeedForwardWeights& part, const float* x, std::i
   add_bias(gate_.data(), rows, part.gate_bias, products.threads);
   part.up->multiply(x, rows, up_.data(), products);
   add_bias(up_.data(), rows, part.up_bias, products.threads);
-  gated_product(config_.activation, gate_.data(), up_.data(), rows, inner, products.threads);
+  gated_product(config_.activation, gate_.data(), up_.data(), rows, inner, products);
   part.down->multiply(gate_.data(), rows, out, products);
   add_bias(out, rows, part.down_bias, products.threads);
 }
@@ -103,7 +103,9 @@ void FeedForward::run_experts(const LayerWeights& layer, const float* x, std::in
   const std::int64_t count = config_.experts.count;
   size_to(scores_, rows * count);
   // Which experts run must not hang on the rounding of activations.
-  layer.router->multiply(x, rows, scores_.data(), {.threads = products.threads, .exact = true});
+  ProductOptions exact = products;
+  exact.exact = true;
+  layer.router->multiply(x, rows, scores_.data(), exact);
   const Routing routing = route(std::span(scores_).first(static_cast<std::size_t>(rows * count)), config_.experts);
   std::fill_n(out, rows * hidden, 0.0F);
   for (std::int64_t e = 0; e < count; ++e) {
