@@ -19,7 +19,7 @@ install(FILES ${PROJECT_BINARY_DIR}/tesseraConfig.cmake ${PROJECT_BINARY_DIR}/te
 # The .pc file finds its prefix from where it lies, so that an install tree may be moved.
 file(RELATIVE_PATH TESSERA_PC_PREFIX /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
 string(REGEX REPLACE "/$" "" TESSERA_PC_PREFIX "${TESSERA_PC_PREFIX}")
-set(TESSERA_PRIVATE_LIBS "-ldnnl -lfmt -lpng -lz -fopenmp -lstdc++ -lm -ldl -lpthread")
+set(TESSERA_PRIVATE_LIBS "-ldnnl -lfmt -lpng -lpcre2-8 -lutf8proc -lz -fopenmp -lstdc++ -lm -ldl -lpthread")
 if(BUILD_SHARED_LIBS)
   set(TESSERA_PC_LIBS "")
 else()

@@ -1,166 +1,175 @@
 #include "model/tokenizer.h"
 
-#include <map>
-#include <optional>
+#include <algorithm>
 #include <unordered_map>
-#include <unordered_set>
 
 #include "core/error.h"
+#include "model/text/unicode.h"
+#include "model/tokenizer_parts.h"
 
 namespace tessera::model {
 
 namespace {
 
-constexpr std::string_view kSupported =
-    "supported: byte-level BPE without merges (model.type 'BPE', pre_tokenizer 'ByteLevel', no normalizer)";
+/// Words longer than this are not remembered: they hardly come again.
+constexpr std::size_t kLongestRemembered = 64;
 
-/// UTF-8 of a code point below 2048.
-std::string utf8(unsigned code_point) {
-  if (code_point < 0x80) return {static_cast<char>(code_point)};
-  return {static_cast<char>(0xC0 | code_point >> 6), static_cast<char>(0x80 | (code_point & 0x3F))};
-}
+using Ids = std::vector<std::int32_t>;
 
-/// The printable character that stands for each byte in byte-level vocabularies (the table of GPT-2): printable bytes
-/// stand for themselves, the others for the code points from 256 on, in order.
-std::unordered_map<std::string, unsigned char> bytes_by_character() {
-  std::unordered_map<std::string, unsigned char> table;
-  unsigned spare = 256;
-  for (unsigned byte = 0; byte < 256; ++byte) {
-    const bool printable = (byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174;
-    table.emplace(utf8(printable ? byte : spare++), static_cast<unsigned char>(byte));
+void encode_words(const text::Words& words, const text::WordModel& model, Ids& ids) {
+  std::unordered_map<std::string_view, text::Range> known;  // where the ids of a word stand
+  for (const text::Range& range : words.ranges) {
+    const std::string_view word = std::string_view(words.text).substr(range.begin, range.end - range.begin);
+    if (word.empty()) continue;
+    if (word.size() > kLongestRemembered) {
+      model.encode(word, ids);
+      continue;
+    }
+    const auto [found, fresh] = known.try_emplace(word, text::Range{ids.size(), ids.size()});
+    if (fresh) {
+      model.encode(word, ids);
+      found->second.end = ids.size();
+    } else {
+      for (std::size_t i = found->second.begin; i < found->second.end; ++i) {
+        const std::int32_t id = ids[i];  // push_back may move what it would refer to
+        ids.push_back(id);
+      }
+    }
   }
-  return table;
 }
 
-/// The bytes that a vocabulary entry spells; nothing if it holds other characters.
-std::optional<std::string> spelt_bytes(const std::string& entry,
-                                       const std::unordered_map<std::string, unsigned char>& table) {
-  std::string bytes;
-  for (std::size_t i = 0; i < entry.size();) {
-    const std::size_t length = static_cast<unsigned char>(entry[i]) < 0x80 ? 1 : 2;
-    const auto found = table.find(entry.substr(i, length));
-    if (found == table.end()) return std::nullopt;
-    bytes.push_back(static_cast<char>(found->second));
-    i += length;
+void encode_text(const Tokenizer::Parts& parts, std::string text, bool at_start, bool markup, Ids& ids) {
+  text = parts.normalizer.apply(std::move(text));
+  const auto allowed = [&](text::Range) { return markup; };
+  for (const text::Stretch& stretch : parts.normalized_names.split(text, allowed)) {
+    if (stretch.token >= 0) {
+      ids.push_back(stretch.token);
+      continue;
+    }
+    const text::Range range = stretch.range;
+    encode_words(
+        parts.pre_tokenizer.apply(text.substr(range.begin, range.end - range.begin), at_start && range.begin == 0),
+        *parts.model, ids);
   }
-  return bytes;
 }
 
-/// `object[key]` is null, absent or an object of that type.
-void check_part(const Json& json, std::string_view key, std::string_view type, bool required, std::string_view name) {
-  const auto part = get_optional<Json>(json, key, name);
-  if (!part) {
-    require(!required, "{}: '{}' is missing; {}", name, key, kSupported);
-    return;
+void encode_bytes(const Tokenizer::Parts& parts, std::string_view text, std::size_t offset, Ids& ids) {
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const auto byte = static_cast<unsigned char>(text[i]);
+    const std::int32_t id = (*parts.id_of_byte)[byte];
+    require(id >= 0, "the vocabulary has no token for byte 0x{:02x} at offset {} of the text", byte, offset + i);
+    ids.push_back(id);
   }
-  const auto actual = get<std::string>(*part, "type", fmt::format("{}: '{}'", name, key));
-  require(actual == type, "{}: {} of type '{}' is not supported; {}", name, key, actual, kSupported);
-}
-
-std::int64_t checked_id(const Json& value, std::string_view entry, std::string_view name, std::int64_t vocab_size) {
-  require(value.is_number_integer(), "{}: token '{}' has an id that is no integer", name, entry.substr(0, 60));
-  const auto id = value.is_number_unsigned() && value.get<std::uint64_t>() >= std::uint64_t{1} << 62
-                      ? std::int64_t{-1}
-                      : value.get<std::int64_t>();
-  require(id >= 0 && id < vocab_size, "{}: token '{}' has id {}; expected an id below vocab_size {}", name,
-          entry.substr(0, 60), value.dump(), vocab_size);
-  return id;
 }
 
 }  // namespace
 
-Tokenizer::Tokenizer() {
-  id_of_byte_.fill(-1);
+void Tokenizer::Parts::place(std::int32_t id, std::string token, Kind kind) {
+  const auto at = static_cast<std::size_t>(id);
+  if (tokens.size() <= at) {
+    tokens.resize(at + 1);
+    kinds.resize(at + 1, Kind::unused);
+  }
+  tokens[at] = std::move(token);
+  kinds[at] = kind;
+}
+
+void Tokenizer::Parts::finish() {
+  std::vector<text::AddedToken> raw;
+  std::vector<text::AddedToken> normalized;
+  for (text::AddedToken token : added) {
+    if (!token.normalized || id_of_byte) {
+      raw.push_back(std::move(token));
+      continue;
+    }
+    token.content = normalizer.apply(std::move(token.content));
+    tokens[static_cast<std::size_t>(token.id)] = token.content;  // what the package `tokenizers` decodes them to
+    normalized.push_back(std::move(token));
+  }
+  // Special tokens come first where two have one content.
+  const auto special = [](const text::AddedToken& token) { return token.special; };
+  std::stable_partition(raw.begin(), raw.end(), special);
+  std::stable_partition(normalized.begin(), normalized.end(), special);
+  raw_names = text::AddedTokenFinder(raw);
+  normalized_names = text::AddedTokenFinder(normalized);
+  bytes.resize(tokens.size());
+  for (std::size_t id = 0; id < tokens.size(); ++id) {
+    if (kinds[id] == Kind::text) bytes[id] = decoder.apply({tokens[id]}, /*continues=*/true);
+  }
 }
 
 Tokenizer Tokenizer::of_bytes() {
-  Tokenizer tokenizer;
-  for (int byte = 0; byte < 256; ++byte) {
-    tokenizer.id_of_byte_[static_cast<std::size_t>(byte)] = byte;
-    tokenizer.bytes_of_id_.emplace_back(1, static_cast<char>(byte));
+  auto parts = std::make_shared<Parts>();
+  parts->id_of_byte.emplace();
+  for (std::int32_t byte = 0; byte < 256; ++byte) {
+    (*parts->id_of_byte)[static_cast<std::size_t>(byte)] = byte;
+    parts->place(byte, std::string(1, static_cast<char>(byte)), Parts::Kind::text);
   }
-  return tokenizer;
+  parts->finish();
+  return Tokenizer(std::move(parts));
 }
 
-Tokenizer Tokenizer::read(const Json& json, std::string_view name, std::int64_t vocab_size) {
-  const Json model = get<Json>(json, "model", name);
-  const std::string where = fmt::format("{}: 'model'", name);
-  // Early files leave the type of BPE models out.
-  const auto type = get_or<std::string>(model, "type", where, "BPE");
-  require(type == "BPE", "{}: model.type '{}' is not supported; {}", name, type, kSupported);
-  const auto merges = get_optional<Json>(model, "merges", where);
-  require(!merges || merges->empty(), "{}: model.merges has {} entries, which are not supported; {}", name,
-          merges ? merges->size() : 0, kSupported);
-  require(!get_optional<Json>(json, "normalizer", name), "{}: 'normalizer' is set, which is not supported; {}", name,
-          kSupported);
-  check_part(json, "pre_tokenizer", "ByteLevel", true, name);
-  check_part(json, "decoder", "ByteLevel", false, name);
-  const auto splitter = get<Json>(json, "pre_tokenizer", name);
-  require(!get_or<bool>(splitter, "add_prefix_space", fmt::format("{}: 'pre_tokenizer'", name), false),
-          "{}: pre_tokenizer.add_prefix_space is true, which is not supported; {}", name, kSupported);
+std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool special_names) const {
+  const TextPart part{std::string(text), special_names};
+  return encode({&part, 1});
+}
 
-  // Added tokens also stand in the vocabulary or not, as the writer pleases: they win.
-  std::map<std::int64_t, std::string> added;
-  const auto added_tokens = get_or<Json>(json, "added_tokens", name, Json::array());
-  require(added_tokens.is_array(), "{}: 'added_tokens' is no list", name);
-  for (const Json& token : added_tokens) {
-    const std::string entry = fmt::format("{}: 'added_tokens'", name);
-    auto content = get<std::string>(token, "content", entry);
-    const auto id = checked_id(get<Json>(token, "id", entry), content, name, vocab_size);
-    require(added.emplace(id, std::move(content)).second, "{}: two added tokens have id {}", name, id);
+std::vector<std::int32_t> Tokenizer::encode(std::span<const TextPart> parts) const {
+  std::string text;
+  std::vector<text::Range> markup;
+  for (const TextPart& part : parts) {
+    const std::size_t begin = text.size();
+    text += parts_->id_of_byte ? part.text : text::replace_invalid(part.text);
+    if (!part.markup) continue;
+    if (!markup.empty() && markup.back().end == begin) {
+      markup.back().end = text.size();
+    } else {
+      markup.push_back({begin, text.size()});
+    }
   }
-
-  const Json vocabulary = get<Json>(model, "vocab", where);
-  require(vocabulary.is_object(), "{}: 'vocab' is no object", where);
-  const auto table = bytes_by_character();
-  Tokenizer tokenizer;
-  std::unordered_set<std::int64_t> used;
-  const auto place = [&](std::int64_t id, std::string bytes) {
-    if (static_cast<std::int64_t>(tokenizer.bytes_of_id_.size()) <= id) {
-      tokenizer.bytes_of_id_.resize(static_cast<std::size_t>(id) + 1);
-    }
-    if (bytes.size() == 1) {
-      tokenizer.id_of_byte_[static_cast<unsigned char>(bytes[0])] = static_cast<std::int32_t>(id);
-    }
-    tokenizer.bytes_of_id_[static_cast<std::size_t>(id)] = std::move(bytes);
+  const auto allowed = [&](text::Range range) {
+    return std::any_of(markup.begin(), markup.end(),
+                       [&](text::Range stretch) { return stretch.begin <= range.begin && range.end <= stretch.end; });
   };
-  for (const auto& [entry, value] : vocabulary.items()) {
-    const auto id = checked_id(value, entry, name, vocab_size);
-    require(used.insert(id).second, "{}: id {} is given to two tokens, one of them '{}'", name, id,
-            entry.substr(0, 60));
-    if (const auto special = added.find(id); special != added.end()) {
-      require(special->second == entry, "{}: id {} is '{}' in the vocabulary and '{}' among the added tokens", name, id,
-              entry.substr(0, 60), special->second.substr(0, 60));
-      continue;
+  Ids ids;
+  ids.reserve(text.size() / 3);
+  for (const text::Stretch& stretch : parts_->raw_names.split(text, allowed)) {
+    const text::Range range = stretch.range;
+    const std::string_view piece = std::string_view(text).substr(range.begin, range.end - range.begin);
+    if (stretch.token >= 0) {
+      ids.push_back(stretch.token);
+    } else if (parts_->id_of_byte) {
+      encode_bytes(*parts_, piece, range.begin, ids);
+    } else {
+      encode_text(*parts_, std::string(piece), range.begin == 0, allowed(range), ids);
     }
-    auto bytes = spelt_bytes(entry, table);
-    require(bytes.has_value(), "{}: token '{}' is not spelt in byte-level characters; {}", name, entry.substr(0, 60),
-            kSupported);
-    place(id, *std::move(bytes));
   }
-  return tokenizer;
-}
-
-std::vector<std::int32_t> Tokenizer::encode(std::string_view text) const {
-  std::vector<std::int32_t> tokens;
-  tokens.reserve(text.size());
-  for (std::size_t i = 0; i < text.size(); ++i) {
-    const auto byte = static_cast<unsigned char>(text[i]);
-    require(id_of_byte_[byte] >= 0, "the vocabulary has no token for byte 0x{:02x} at offset {} of the text", byte, i);
-    tokens.push_back(id_of_byte_[byte]);
-  }
-  return tokens;
+  return ids;
 }
 
 std::string_view Tokenizer::bytes_of(std::int32_t token) const {
-  if (token < 0 || token >= static_cast<std::int64_t>(bytes_of_id_.size())) return {};
-  return bytes_of_id_[static_cast<std::size_t>(token)];
+  if (token < 0 || token >= static_cast<std::int64_t>(parts_->bytes.size())) return {};
+  return parts_->bytes[static_cast<std::size_t>(token)];
 }
 
 std::string Tokenizer::decode(std::span<const std::int32_t> tokens) const {
-  std::string text;
-  for (const std::int32_t token : tokens) text += bytes_of(token);
-  return text;
+  std::vector<std::string> names;
+  for (const std::int32_t token : tokens) {
+    const auto at = static_cast<std::size_t>(token);
+    if (token >= 0 && at < parts_->tokens.size() && parts_->kinds[at] == Parts::Kind::text) {
+      names.push_back(parts_->tokens[at]);
+    }
+  }
+  return parts_->decoder.apply(std::move(names), /*continues=*/false);
+}
+
+std::optional<std::int32_t> Tokenizer::id_of(std::string_view token) const {
+  for (const text::AddedToken& added : parts_->added) {
+    if (added.content == token) return added.id;
+  }
+  const auto found = parts_->ids.find(token);
+  if (found == parts_->ids.end()) return std::nullopt;
+  return found->second;
 }
 
 }  // namespace tessera::model

@@ -1,0 +1,65 @@
+// `tessera tokenize`: the token ids of a text.
+#include <fmt/format.h>
+
+#include <chrono>
+#include <filesystem>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "command.h"
+#include "core/error.h"
+#include "io/json.h"
+#include "model/tokenizer_folder.h"
+
+namespace tessera::cli {
+
+namespace {
+
+struct Options {
+  std::string model;
+  std::string prompt;
+  bool special = false;
+  bool json = false;
+};
+
+model::Tokenizer tokenizer_of(const std::string& path) {
+  constexpr std::int64_t any_size = std::int64_t{1} << 22;
+  std::error_code ignored;
+  if (std::filesystem::is_directory(path, ignored)) return model::read_tokenizer(path, any_size);
+  return model::Tokenizer::read(parse_json_file(path), path, any_size);
+}
+
+void run_tokenize(const Options& options) {
+  const model::Tokenizer tokenizer = tokenizer_of(options.model);
+  const std::string text = read_text_file(options.prompt);
+  const auto start = std::chrono::steady_clock::now();
+  const std::vector<std::int32_t> tokens = tokenizer.encode(text, options.special);
+  const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
+  const std::string decoded = tokenizer.decode(tokens);
+  if (options.json) {
+    const std::vector<unsigned char> bytes(decoded.begin(), decoded.end());
+    print_json({{"tokens", tokens}, {"decoded_bytes", bytes}, {"milliseconds", took.count()}});
+    return;
+  }
+  for (const std::int32_t token : tokens) {
+    const std::string piece(tokenizer.bytes_of(token));
+    fmt::print("{}\t{}\n", token, nlohmann::json(piece).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+  }
+}
+
+}  // namespace
+
+void add_tokenize(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = add_command(app, "tokenize", "Show the token ids of a text",
+                                  "tessera tokenize --model models/tessera-bytes --prompt README.md");
+  command->add_option("--model", options->model, "Folder with tokenizer.json, or such a file")->required();
+  command->add_option("--prompt", options->prompt, "File with the text")->required();
+  command->add_flag("--special", options->special, "Names of special tokens in the text are those tokens");
+  add_json_option(*command, options->json);
+  command->callback([options] { run_tokenize(*options); });
+}
+
+}  // namespace tessera::cli
