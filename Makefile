@@ -10,7 +10,7 @@ export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 export CCACHE_BASEDIR ?= $(CURDIR)
 export CCACHE_NOHASHDIR ?= 1
 
-.PHONY: all help build test demo bench lint format docs install packages-% clean
+.PHONY: all help build test python demo bench lint format docs install packages-% clean
 all: build
 
 help: ## List the targets
@@ -22,6 +22,9 @@ build: packages-build packages-test $(BUILD)/build.ninja ## Build the library, t
 
 test: build packages-browser $(VENV)/installed ## Run every test: C++, command line, Python integration and training, pages in a browser
 	@scripts/run-tests.sh $(PRESET)
+
+python: packages-build packages-test $(VENV)/installed ## Build the Python package into .venv
+	@scripts/install-python.sh
 
 demo: packages-build packages-test $(BUILD)/build.ninja ## A long document through a small model, dense and sparse, and a page of pictures
 	@cmake --build --preset $(PRESET) --parallel $(JOBS) --target tessera_cli
@@ -54,8 +57,8 @@ packages-%:
 $(BUILD)/build.ninja: CMakePresets.json
 	@cmake --preset $(PRESET)
 
-$(VENV)/installed: tests/integration/requirements.txt tests/browser/requirements.txt training/requirements.txt
+$(VENV)/installed: tests/integration/requirements.txt tests/browser/requirements.txt python/tests/requirements.txt training/requirements.txt
 	@echo "installing the Python packages of the tests into $(VENV) (once; PyTorch is large)"
 	@python3 -m venv $(VENV)
-	@$(VENV)/bin/pip install --quiet --disable-pip-version-check -r tests/integration/requirements.txt -r tests/browser/requirements.txt
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check -r tests/integration/requirements.txt -r tests/browser/requirements.txt -r python/tests/requirements.txt
 	@touch $@

@@ -7,7 +7,7 @@ packages_of() {
   case $1 in
     # ocl-icd-opencl-dev: libdnnl-dev's CMake package asks for OpenCL but only recommends it.
     build) echo g++ cmake ninja-build pkg-config libfmt-dev nlohmann-json3-dev libcli11-dev libdnnl-dev ocl-icd-opencl-dev libpng-dev libpcre2-dev libutf8proc-dev libjs-chart.js ;;
-    test) echo libgtest-dev libgmock-dev libbenchmark-dev libsimde-dev python3 python3-venv ;;
+    test) echo libgtest-dev libgmock-dev libbenchmark-dev libsimde-dev python3 python3-dev python3-venv ;;
     browser) echo chromium fonts-dejavu-core ;;
     lint) echo clang-format clang-tidy libomp-dev ;;
     fuzz) echo clang libclang-rt-14-dev libomp-dev ;; # also the thread sanitizer

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs the tests of one build: C++ and command line (ctest), then Python (pytest). usage: scripts/run-tests.sh PRESET
+# Runs the tests of one build: C++ and command line (ctest), then Python (pytest) with the package built. usage: scripts/run-tests.sh PRESET
 set -euo pipefail
 preset=$1
 build=build/$preset
@@ -17,6 +17,10 @@ if [[ -d tests/integration ]]; then python_tests+=(tests/integration); fi
 OMP_WAIT_POLICY=passive TESSERA_CLI=$PWD/$build/bin/tessera .venv/bin/python -m pytest -q -ra -p no:cacheprovider "${python_tests[@]}" 2>&1 |
   tee "$build/pytest.log"
 tail -n 1 "$build/pytest.log" | sed 's/^/Python integration and training (pytest): /' >>"$summary"
+scripts/install-python.sh
+OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2 .venv/bin/python -m pytest -q -ra -p no:cacheprovider python/tests 2>&1 |
+  tee "$build/python.log"
+tail -n 1 "$build/python.log" | sed 's/^/Python package (pytest): /' >>"$summary"
 TESSERA_CLI=$PWD/$build/bin/tessera .venv/bin/python -m pytest -q -ra -p no:cacheprovider tests/browser 2>&1 |
   tee "$build/browser.log"
 tail -n 1 "$build/browser.log" | sed 's/^/pages in a browser (pytest): /' >>"$summary"
