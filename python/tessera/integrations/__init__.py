@@ -1,0 +1,1 @@
+"""Methods as the attention of other libraries' models: `tessera.integrations.transformers`, `.diffusers`."""
