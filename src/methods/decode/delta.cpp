@@ -57,15 +57,17 @@ struct Delta {
 
   bool is_full(std::int64_t layer) const { return std::binary_search(full.begin(), full.end(), layer); }
 
-  LayerMode mode_of(const Problem& problem, std::int64_t layer) const {
+  LayerMode mode_of(const Problem& problem, const PlanContext& context) const {
     const std::int64_t in_use = (problem.kv_len + params.page - 1) / params.page;
     if (static_cast<double>(in_use) <= params.ratio * static_cast<double>(params.pages)) return LayerMode::full;
-    if (!is_full(layer)) return LayerMode::reuse;
-    return is_full(layer + 1) ? LayerMode::full : LayerMode::publish;
+    if (!is_full(context.layer)) return LayerMode::reuse;
+    const std::int64_t next = context.layer + 1;
+    const bool last = context.layers > 1 && next == context.layers;  // nobody reads its choice
+    return is_full(next) || last ? LayerMode::full : LayerMode::publish;
   }
 
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {
-    return plan_with_reuse(mode_of(problem, context.layer), problem, context);
+    return plan_with_reuse(mode_of(problem, context), problem, context);
   }
 
   RunReport attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
@@ -73,7 +75,7 @@ struct Delta {
     const auto choose = [&](const Problem& p, const TensorView& scores, std::span<const float> lse, int threads) {
       return choose_pages(p, scores, lse, threads);
     };
-    return attend_with_reuse(mode_of(problem, context.layer), choose, problem, inputs, outputs, context, executed);
+    return attend_with_reuse(mode_of(problem, context), choose, problem, inputs, outputs, context, executed);
   }
 
   std::unique_ptr<MethodState> new_state() const { return std::make_unique<LayerReuseState>(); }

@@ -1,4 +1,7 @@
 // delta: layer groups, the weight of pages, forced pages.
+#include <numeric>
+#include <set>
+
 #include "methods/decode/decoding_step.h"
 
 namespace tessera {
@@ -106,7 +109,50 @@ TEST(Delta, UndefinedScoresDoNotTakeTheBudget) {
   const auto method = make_method(spec(5, 1));
   const auto state = method->new_state();
   attend_layer(*method, input, 1, state.get());
-  EXPECT_EQ(attend_layer(*method, input, 2, state.get()).keys(0, 1).size(), 40U);
+  // The pages are those that the head with defined scores wants: NaN is worth nothing, not everything.
+  const auto p = input.probabilities(0, 1, 0);
+  std::vector<std::pair<double, std::int32_t>> pages;
+  for (std::int32_t b = 0; b + 1 < 25; ++b) {
+    pages.emplace_back(-std::accumulate(p.begin() + b * 8, p.begin() + b * 8 + 8, 0.0), b);
+  }
+  std::sort(pages.begin(), pages.end());
+  std::set<std::int32_t> expected{24};  // the last page is forced
+  for (std::size_t i = 0; i < 4; ++i) expected.insert(pages[i].second);
+  std::set<std::int32_t> chosen;
+  for (const std::int32_t key : attend_layer(*method, input, 2, state.get()).keys(0, 1)) chosen.insert(key / 8);
+  EXPECT_EQ(chosen, expected);
+}
+
+TEST(Delta, TheLastLayerOfAModelChoosesForNobody) {
+  const AttentionCase input(decoding_shape(200));
+  const auto method = make_method(spec(5, 1));
+  const auto state = method->new_state();
+  const auto scores_of = [&](std::int64_t layers) {
+    PlanContext context;
+    context.layer = 4;
+    context.layers = layers;
+    context.state = state.get();
+    std::vector<float> o(4 * 8);
+    method->attend(input.problem, input.inputs, {mutable_view_of(o.data(), DType::f32, {1, 4, 1, 8}), {}}, context);
+    context.layer = 5;
+    return statistics(method->plan(input.problem, input.inputs, context)).density;
+  };
+  EXPECT_DOUBLE_EQ(scores_of(5), 1) << "nothing was chosen";
+  EXPECT_LT(scores_of(6), 0.3);
+}
+
+TEST(Delta, DoesNotDependOnThreads) {
+  const AttentionCase input(decoding_shape(3000, 8, 2));
+  const auto method = make_method("delta:full_layers=0,pages=20,recent=2");
+  std::vector<float> expected;
+  for (const int threads : {1, 2, 3}) {
+    const auto state = method->new_state();
+    attend_layer(*method, input, 0, state.get(), threads);
+    const auto result = attend_layer(*method, input, 1, state.get(), threads);
+    if (threads == 1) expected = result.o;
+    EXPECT_EQ(result.o, expected) << threads;
+    EXPECT_EQ(result.keys(0, 0).size(), 19 * 16U + 8);
+  }
 }
 
 TEST(Delta, RefusesBadParameters) {
