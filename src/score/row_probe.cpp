@@ -63,13 +63,12 @@ void visit_probabilities(const Problem& problem, const AttentionInputs& inputs, 
           if (keep) buffers.panel_maximum[panel * rows + r] = buffers.maximum[r];
           continue;
         }
-        float inverse = lse.empty() ? 1.0F / buffers.sum[r] : 1.0F;
-        if (keep) {
-          inverse *= exponential(buffers.panel_maximum[panel * rows + r] - buffers.maximum[r]);
-        } else {
-          exponentiate(row, seen, lse.empty() ? buffers.maximum[r] : lse[r]);
+        if (!keep) exponentiate(row, seen, lse.empty() ? buffers.maximum[r] : lse[r]);
+        if (lse.empty()) {
+          const float raised = keep ? exponential(buffers.panel_maximum[panel * rows + r] - buffers.maximum[r]) : 1.0F;
+          const float factor = raised / buffers.sum[r];
+          for (std::int64_t j = 0; j < seen; ++j) row[j] *= factor;
         }
-        for (std::int64_t j = 0; j < seen; ++j) row[j] *= inverse;
         take(begin, r, row, seen);
       }
     }

@@ -17,23 +17,17 @@
 // The scores of the prompt are those of dense attention in any case.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "core/error.h"
 #include "core/parallel.h"
 #include "methods/evicting_cache.h"
 #include "methods/registry.h"
-#include "score/exponential.h"
-#include "score/product.h"
-#include "score/row_access.h"
 #include "score/row_probe.h"
 #include "score/top_k.h"
 
 namespace tessera {
 namespace {
-
-/// Queries whose probabilities are summed together: bounds the scores held at once.
-constexpr std::int64_t kBlockRows = 128;
-constexpr std::int64_t kPanelKeys = 1024;
 
 struct H2OParams {
   double heavy_ratio = 0.1;
@@ -65,11 +59,7 @@ class H2OCache final : public EvictingCache {
     parallel_for(layer.q_heads, context.run.threads, [&](std::int64_t q_head, int) {
       std::vector<float>& sums = columns[static_cast<std::size_t>(q_head)];
       sums.assign(static_cast<std::size_t>(size_of_head(q_head / layer.group())), 0.0F);
-      if (lse.empty()) {
-        probe_probabilities(call.q, q_head, sums);
-      } else {
-        add_probabilities(call.q, lse, q_head, sums);
-      }
+      add_probabilities(call.q, lse, q_head, sums);
     });
     for (std::int64_t q_head = 0; q_head < layer.q_heads; ++q_head) {
       std::vector<float>& pending = pending_[static_cast<std::size_t>(q_head / layer.group())];
@@ -135,52 +125,21 @@ class H2OCache final : public EvictingCache {
     }
   }
 
-  /// Adds P = exp(scale * q.k - LSE) of the newest rows of one query head, a block of rows at a time.
+  /// Adds the probabilities of the newest rows of one query head; `lse` [q_heads][rows], or empty: found in a pass
+  /// more.
   void add_probabilities(const TensorView& q, std::span<const float> lse, std::int64_t q_head,
                          std::vector<float>& sums) const {
     const std::int64_t group = shape().group();
     const std::int64_t head = q_head / group;
     const std::int64_t rows = q.tokens();
-    const Problem problem = problem_of_head(head, rows);
-    const std::int64_t dim = problem.head_dim;
     AttentionInputs inputs = inputs_of_head(head);
     inputs.q = queries_of_kv_head(q, group, head);
-    const float* own_lse = lse.data() + q_head * rows;
-    std::vector<float> queries(static_cast<std::size_t>(std::min(kBlockRows, rows) * dim));
-    std::vector<float> products(static_cast<std::size_t>(std::min(kBlockRows, rows) * kPanelKeys));
-    std::vector<float> buffer;
-    for (std::int64_t first = 0; first < rows; first += kBlockRows) {
-      const std::int64_t count = std::min(kBlockRows, rows - first);
-      score::load_queries(problem, inputs, 0, q_head % group, first, count, queries.data());
-      const std::int64_t seen = *problem.q_offset + first + 1;  // by the first row of the block; one more by each next
-      for (std::int64_t begin = 0; begin < seen + count - 1; begin += kPanelKeys) {
-        const std::int64_t keys = std::min(kPanelKeys, seen + count - 1 - begin);
-        const float* panel = score::key_rows(problem, inputs, 0, 0, begin, keys, keys, buffer);
-        score::multiply_transposed(queries.data(), count, dim, panel, keys, dim, dim, problem.softmax_scale(),
-                                   products.data(), kPanelKeys);
-        for (std::int64_t r = 0; r < count; ++r) {
-          const std::int64_t visible = std::clamp<std::int64_t>(seen + r - begin, 0, keys);
-          float* row = products.data() + r * kPanelKeys;
-          score::exponentiate(row, visible, own_lse[first + r]);
-          for (std::int64_t j = 0; j < visible; ++j) sums[static_cast<std::size_t>(begin + j)] += row[j];
-        }
-      }
-    }
-  }
-
-  /// The same where no LSE of dense attention is at hand.
-  void probe_probabilities(const TensorView& q, std::int64_t q_head, std::vector<float>& sums) const {
-    const std::int64_t head = q_head / shape().group();
-    AttentionInputs inputs = inputs_of_head(head);
-    inputs.q = queries_of_kv_head(q, shape().group(), head);
-    const Problem problem = problem_of_head(head, q.tokens());
-    score::LineScores lines;
+    std::vector<std::int64_t> visible(static_cast<std::size_t>(rows));
+    std::iota(visible.begin(), visible.end(), size_of_head(head) - rows + 1);
     score::ProbeBuffers buffers;
-    for (std::int64_t first = 0; first < problem.q_len; first += kBlockRows) {
-      score::probe_rows(problem, inputs, 0, q_head % shape().group(), first,
-                        std::min(kBlockRows, problem.q_len - first), false, lines, buffers);
-      for (std::size_t j = 0; j < sums.size(); ++j) sums[j] += lines.columns[j];
-    }
+    score::probe_columns(problem_of_head(head, rows), inputs, 0, q_head % group, visible,
+                         lse.empty() ? lse : lse.subspan(static_cast<std::size_t>(q_head * rows), visible.size()), sums,
+                         buffers);
   }
 
   /// The lowest score of the tokens that are not recent; among equals the latest, and undefined scores last.
