@@ -10,7 +10,7 @@ export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 export CCACHE_BASEDIR ?= $(CURDIR)
 export CCACHE_NOHASHDIR ?= 1
 
-.PHONY: all help build test python demo bench lint format docs install packages-% clean
+.PHONY: all help build test python demo bench lint format docs site install packages-% clean
 all: build
 
 help: ## List the targets
@@ -42,6 +42,9 @@ format: packages-lint ## Format the C++ sources in place
 
 docs: packages-docs build ## Reference documentation into build/docs, docs/methods.md from the registry
 	@scripts/make-docs.sh $(BUILD)
+
+site: $(VENV)/installed ## The documentation site with the reference of the Python package, into build/site
+	@$(VENV)/bin/mkdocs build --strict --quiet
 
 install: packages-build packages-test ## Install the release library, headers and command line under PREFIX
 	@cmake --preset release -DCMAKE_INSTALL_PREFIX=$(PREFIX)

@@ -1,5 +1,6 @@
 #!/bin/bash
-# Runs the tests of one build: C++ and command line (ctest), then Python (pytest) with the package built. usage: scripts/run-tests.sh PRESET
+# Runs the tests of one build: C++ and command line (ctest), then Python (pytest), for which the package is built.
+# usage: scripts/run-tests.sh PRESET
 set -euo pipefail
 preset=$1
 build=build/$preset

@@ -219,7 +219,8 @@ def attention(
             axis is absent or packed); -inf where a row sees no key.
         return_plan: also return the `tessera.Plan` that ran (None for recurrences).
         out: array that receives the output; float32, bfloat16 or float16.
-        cu_seqlens_q, cu_seqlens_k: offsets [sequences + 1] of packed sequences on the token axis (batch 1).
+        cu_seqlens_q: offsets int [sequences + 1] of packed sequences on the token axis (batch 1).
+        cu_seqlens_k: likewise of the keys; None: those of the queries.
         q_offset: position of the first query among the keys, where it is not bottom-right.
         grid: where the tokens lie, for video and image methods: (frames, rows, columns) or a `tessera.TokenGrid`.
         softcap: s <- softcap * tanh(s / softcap); 0: off.
@@ -229,7 +230,8 @@ def attention(
         query_scale: float [Nq]: s *= scale of the query.
         side: further arrays that the method reads, by name.
         state: from `Method.new_state()`, for methods that remember earlier calls.
-        layer, n_layers: where in a model the call happens, for methods that treat layers differently.
+        layer: where in a model the call happens, for methods that treat layers differently.
+        n_layers: of how many.
         backend: "automatic", "reference" (float64), "query-major", "key-major" or "split-key".
         isa: instruction set; None: the best that the machine has.
         threads: 0: OpenMP's default. Results do not depend on it.
@@ -440,8 +442,10 @@ def run_backward(
     """Gradients of `run` for the gradient d_o of its output; the plan is a constant.
 
     Args:
-        o, lse: what `run(..., return_lse=True)` returned.
-        d_o: like o. d_lse: like lse, where the LSE is used itself; None: 0.
+        o: what `run(..., return_lse=True)` returned first.
+        lse: what it returned second.
+        d_o: gradient of the loss by o.
+        d_lse: by lse, where the LSE is used itself; None: 0.
         backend: "automatic", "reference", "query-major" or "key-major".
     """
     check_layout(layout)

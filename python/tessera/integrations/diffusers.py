@@ -7,7 +7,8 @@
 
 Inside, the dispatcher of Diffusers uses the backend "tessera", and calls of scaled_dot_product_attention by models that
 pass the dispatcher by (CogVideoX) come here too. Self-attention over the tokens of the grid runs the method; everything
-else, such as cross-attention to a text, runs dense attention. Masks of padded text become shorter sequences.
+else, such as cross-attention to a text, runs dense attention. Masks of padding at the end become shorter sequences; calls
+with other masks, which text encoders make, stay with PyTorch.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def grid_of(
 
     Args:
         latents: their shape; images may leave out the frames.
-        prefix, suffix: text tokens that the model puts before or after them (Flux, CogVideoX: before; HunyuanVideo: after).
+        prefix: text tokens that the model puts before them (Flux, CogVideoX).
+        suffix: text tokens that it puts after them (HunyuanVideo).
     """
     patch = getattr(transformer.config, "patch_size", 1)
     along_time = getattr(transformer.config, "patch_size_t", None)
@@ -71,21 +73,27 @@ def grid_of(
     return TokenGrid([n // p for n, p in zip(size, patches, strict=True)], prefix, suffix)
 
 
-def _lengths(mask: Tensor | None, batch: int, keys: int) -> list[int] | None:
-    """Tokens of each sequence, of a mask that hides the last ones; None without padding."""
-    if mask is None:
-        return None
-    if mask.dtype != torch.bool:
-        raise Error(f"attn_mask has dtype {mask.dtype}; expected bool (True = keep)")
+def _lengths(mask: Tensor, batch: int, keys: int) -> list[int] | None:
+    """Tokens of each sequence, of a mask [batch, 1, 1, keys] that hides the last ones; None for any other mask."""
     while mask.dim() < 4:
         mask = mask.unsqueeze(1)
-    if mask.shape[1] != 1 or mask.shape[2] != 1 or mask.shape[3] != keys:
-        raise Error(f"attn_mask has shape {tuple(mask.shape)}; expected [batch, 1, 1, {keys}]: padding at the end")
+    if mask.dtype != torch.bool or mask.shape[1:] != (1, 1, keys):
+        return None
     rows = mask[:, 0, 0].expand(batch, keys)
     lengths = rows.sum(1)
-    if not (rows == (torch.arange(keys) < lengths[:, None])).all():
-        raise Error("attn_mask hides keys between others; expected padding at the end")
-    return None if bool((lengths == keys).all()) else lengths.tolist()
+    hides_the_end = (rows == (torch.arange(keys) < lengths[:, None])).all()
+    return lengths.tolist() if bool(hides_the_end) else None
+
+
+def _by_pytorch(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, is_causal: bool, scale: float | None
+) -> Tensor:
+    views = [x.transpose(1, 2) for x in (query, key, value)]
+    with torch._C.DisableTorchFunction():
+        o = torch.nn.functional.scaled_dot_product_attention(
+            *views, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[2] != query.shape[2]
+        )
+    return o.transpose(1, 2)
 
 
 def attend(
@@ -94,6 +102,15 @@ def attend(
     """One call, [batch, tokens, heads, dim] in and out."""
     batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
     own = queries == keys and (use.grid is None or use.grid.tokens == keys) and not is_causal
+    lengths = [keys] * batch if attn_mask is None else _lengths(attn_mask, batch, keys)
+    if lengths is None:
+        if own and use.grid is not None:
+            raise Error(
+                f"attn_mask of the grid's tokens has shape {tuple(attn_mask.shape)} and dtype {attn_mask.dtype}; expected "
+                f"bool [{batch}, 1, 1, {keys}] with padding at the end"
+            )
+        use.others += 1
+        return _by_pytorch(query, key, value, attn_mask, is_causal, scale)
     if own:
         layer = use.calls % use.n_layers
         use.calls += 1
@@ -111,8 +128,7 @@ def attend(
             options |= {"layer": layer, "n_layers": use.n_layers, "state": use.state}
         return run_attention(q, k, v, use.method if own else "dense", **options)
 
-    lengths = _lengths(attn_mask, batch, keys)
-    if lengths is None:
+    if min(lengths) == keys:
         return call(query, key, value)
     out = query.new_zeros(*query.shape[:3], value.shape[3])
     for b, length in enumerate(lengths):

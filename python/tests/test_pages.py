@@ -1,0 +1,37 @@
+"""The documentation: the site builds without a warning, and names in the tables of docs/python exist."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import tessera
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_the_site_builds(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    reference = (tmp_path / "python" / "reference" / "index.html").read_text()
+    for name in tessera.__all__:
+        if name in ("ENTRY", "Error", "Gradients", "Problem", "Source", "State", "TokenGrid", "default_isa", "supported_isas"):
+            continue
+        assert f"tessera.{name}" in reference, name
+
+
+def test_methods_in_the_pages_exist():
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "python").glob("*.md"))
+    named = set(re.findall(r'attention\([^)\n]*, "([a-z0-9-]+)"', text)) | set(re.findall(r'method="([a-z0-9-]+)', text))
+    assert named and named <= set(tessera.methods())
+
+
+def test_the_package_is_typed():
+    folder = pathlib.Path(tessera.__file__).parent
+    assert (folder / "py.typed").exists() and "class Plan" in (folder / "_core.pyi").read_text()
+    for name in tessera.__all__:
+        thing = getattr(tessera, name)
+        assert getattr(thing, "__doc__", None), name
