@@ -23,6 +23,7 @@
 // window is symmetric. outputs.lse is that of the selected branch: a gated sum has none of its own.
 //
 // Decoding: a state keeps the compressed tokens of every layer, and each call adds those that its new keys complete.
+// Keys before the queries of a call must be those of the calls before; later ones are read anew.
 //
 // Side inputs, all optional unless `compress` needs them (Hkv kv heads, l = length; any attention dtype):
 //   gate_logits [B, Hq, Nq, 3]: compressed, selected, window; absent: 0. gate_bias_* is added.
@@ -463,8 +464,10 @@ struct Nsa {
     const std::int64_t h = pair % problem.kv_heads;
     const std::int64_t dim = compression.dim;
     const std::int64_t count = tokens.counts[static_cast<std::size_t>(s)];
-    if (static_cast<std::int64_t>(known.size()) > count * dim) known.clear();  // a shorter sequence is another one
-    const std::int64_t first = static_cast<std::int64_t>(known.size()) / dim;
+    // Keys of this call are new, whatever an earlier one held in their places: that pass may have failed.
+    const std::int64_t settled =
+        compression.count(std::max<std::int64_t>(0, problem.kv_len_of(s) - problem.q_len_of(s)));
+    const std::int64_t first = std::min(static_cast<std::int64_t>(known.size()) / dim, settled);
     known.resize(static_cast<std::size_t>(count * dim));
     if (first < count) {
       const std::vector<float> rows = rows_of(problem, inputs, of, s, h, first * params.stride);

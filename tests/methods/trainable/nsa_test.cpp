@@ -628,6 +628,48 @@ TEST(Nsa, StateKeepsCompressedTokens) {
   }
 }
 
+/// A pass that failed leaves compressed tokens of keys that never came: the next pass makes them anew.
+TEST(Nsa, StateForgetsAPassThatFailed) {
+  const NsaSettings settings = all_settings()[2];
+  const NsaCase c(settings, 61, 61);
+  NsaCase failed(settings, 61, 61, 7);
+  const auto method = make_method(settings.spec());
+  const auto state = method->new_state();
+  PlanContext context;
+  context.state = state.get();
+  const auto attend_rows = [&](const NsaCase& from, std::int64_t begin, std::int64_t end) {
+    Problem part = from.problem;
+    part.q_len = end - begin;
+    part.kv_len = end;
+    AttentionInputs inputs = from.inputs();
+    const auto cut = [](TensorView& view, std::int64_t first, std::int64_t last) {
+      view.data = view.row(0, 0, first);
+      view.shape[2] = last - first;
+    };
+    cut(inputs.q, begin, end);
+    cut(inputs.k, 0, end);
+    cut(inputs.v, 0, end);
+    for (SideTensor& side : inputs.side) {
+      if (side.name == "gate_logits") cut(side.view, begin, end);
+      if (side.name.ends_with("_compress")) cut(side.view, 0, end);
+    }
+    std::vector<float> o(static_cast<std::size_t>(4 * part.q_len * 5));
+    method->attend(part, inputs, {mutable_view_of(o.data(), DType::f32, {1, 4, part.q_len, 5}), {}}, context);
+    return o;
+  };
+  attend_rows(c, 0, 21);
+  attend_rows(failed, 21, 61);
+  const auto repeated = attend_rows(c, 21, 61);
+  std::vector<float> whole(4 * 61 * 5);
+  method->attend(c.problem, c.inputs(), {mutable_view_of(whole.data(), DType::f32, {1, 4, 61, 5}), {}}, {});
+  for (std::int64_t h = 0; h < 4; ++h) {
+    for (std::int64_t i = 0; i < 40 * 5; ++i) {
+      ASSERT_NEAR(repeated[static_cast<std::size_t>(h * 40 * 5 + i)],
+                  whole[static_cast<std::size_t>((h * 61 + 21) * 5 + i)], 1e-5);
+    }
+  }
+}
+
 class NsaShapes : public testing::TestWithParam<CaseShape> {};
 
 TEST_P(NsaShapes, PlansHold) {
