@@ -56,7 +56,31 @@ std::unique_ptr<const Method> from_pairs(const MethodEntry& entry, std::string_v
   return entry.make(parameters.dump(-1, ' ', false, Json::error_handler_t::replace));
 }
 
+/// How deep a method file may name others, as the inner methods of its own.
+constexpr int kMostNestedFiles = 8;
+
+/// Counts the files that are open on this thread: one that names itself would never end.
+class NestedFile {
+ public:
+  explicit NestedFile(const std::string& name) {
+    require(depth() < kMostNestedFiles,
+            "method file '{}' is the {}th inside another; expected {} at most: does one name itself?", name,
+            depth() + 1, kMostNestedFiles);
+    ++depth();
+  }
+  ~NestedFile() { --depth(); }
+  NestedFile(const NestedFile&) = delete;
+  NestedFile& operator=(const NestedFile&) = delete;
+
+ private:
+  static int& depth() {
+    static thread_local int files = 0;
+    return files;
+  }
+};
+
 std::unique_ptr<const Method> from_file(const std::string& name) {
+  const NestedFile nested(name);
   const Json object = parse_json_file(name);
   if (object.is_object() && object.contains("layers")) return make_layered_method(object, name);
   return make_method_of(object, fmt::format("method file '{}'", name));

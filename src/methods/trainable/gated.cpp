@@ -7,6 +7,8 @@
 // Backward, with s = sigmoid(gate): d_gate = dY' Y' (1 - s), summed over the columns that share a logit, and the inner
 // method's backward pass for Y = Y' / s under dY = s dY'. Where s is so small that Y' says little about Y, dY is as
 // small; Y counts only in products with it.
+//
+// A cache of the inner method's own is not used: the calls of a cache carry no gates.
 #include <array>
 #include <cmath>
 
@@ -117,6 +119,9 @@ struct Gated {
   }
 
   std::unique_ptr<MethodState> new_state() const { return inner->new_state(); }
+  void check_model(std::int64_t layers, std::int64_t q_heads, std::int64_t kv_heads) const {
+    inner->check_model(layers, q_heads, kv_heads);
+  }
 
   /// What the inner method reads and writes: everything but the gate.
   static AttentionInputs inputs_within(AttentionInputs inputs) {
@@ -138,8 +143,10 @@ struct Gated {
   }
 
   static std::unique_ptr<const Method> make_inner(const std::string& spec) {
-    require(spec != "gated", "gated: inner=gated; expected another method");
-    return make_method(spec);
+    require(spec != "gated", "gated: inner=gated; expected another method");  // its own inner would be dense
+    std::unique_ptr<const Method> method = make_method(spec);
+    require(method->info().name != "gated", "gated: inner={} is gated itself; expected another method", spec);
+    return method;
   }
 
   static const TensorView& gate_of(const Problem& problem, const AttentionInputs& inputs) {

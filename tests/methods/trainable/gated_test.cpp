@@ -77,6 +77,34 @@ TEST(Gated, RefusesBadGates) {
   EXPECT_THROW(make_method("gated:inner=densee"), Error);
 }
 
+/// The path of a method file in the test's folder.
+std::string file_of(const std::string& name, const std::string& text) {
+  const std::string path = ::testing::TempDir() + name;
+  std::ofstream(path) << text;
+  return path;
+}
+
+TEST(Gated, RefusesToHoldItself) {
+  const std::string path = ::testing::TempDir() + "gated_itself.json";
+  file_of("gated_itself.json", R"({"method": "gated", "parameters": {"inner": ")" + path + R"("}})");
+  EXPECT_THROW(make_method(path), Error);
+  EXPECT_THROW(make_method("gated:inner=" + path), Error);
+  const std::string layers = ::testing::TempDir() + "gated_layers.json";
+  file_of("gated_layers.json",
+          R"({"layers": [{"layers": "0-", "method": "gated", "parameters": {"inner": ")" + layers + R"("}}]})");
+  EXPECT_THROW(make_method(layers), Error);
+  const std::string twice = file_of("gated_twice.json", R"({"method": "gated"})");
+  EXPECT_THROW(make_method("gated:inner=" + twice), Error);
+}
+
+TEST(Gated, ModelsAreCheckedByTheInnerMethod) {
+  const std::string path =
+      file_of("gated_duo.json", R"({"method": "duo", "parameters": {"heads": {"retrieval": [[1, 0]]}}})");
+  const auto method = make_method("gated:inner=" + path);
+  EXPECT_NO_THROW(method->check_model(1, 4, 2));
+  EXPECT_THROW(method->check_model(2, 4, 2), Error);
+}
+
 /// One case with gate logits and an output gradient as float64 numbers, and the outputs by definition.
 struct GatedGradient {
   using Numbers = std::map<std::string, std::vector<double>>;
