@@ -58,6 +58,24 @@ PooledSource::PooledSource(const Problem& problem, const AttentionInputs& inputs
   });
 }
 
+void spread_gradients(const Problem& problem, std::span<const OrderedTiles> sequences, std::int64_t members,
+                      const TensorView& d_pooled, const MutableTensorView& d_rows, int threads) {
+  parallel_for(problem.batch * problem.kv_heads, threads, [&](std::int64_t pair, int) {
+    const std::int64_t s = pair / problem.kv_heads;
+    const std::int64_t head = pair % problem.kv_heads;
+    const std::vector<std::int32_t>& order = sequences[s].key_order();
+    const auto keys = static_cast<std::int64_t>(order.size());
+    for (std::int64_t place = 0; place < keys; ++place) {
+      const std::int64_t entry = place / members;
+      const auto share = 1.0F / static_cast<float>(std::min(members, keys - entry * members));
+      const auto* from = reinterpret_cast<const float*>(d_pooled.row(s, head, entry));
+      auto* to =
+          reinterpret_cast<float*>(d_rows.row(problem.tensor_batch_of(s), head, problem.kv_begin_of(s) + order[place]));
+      for (std::int64_t d = 0; d < d_rows.shape[3]; ++d) to[d] += share * from[d];
+    }
+  });
+}
+
 KeySource PooledSource::view() const {
   return {view_of(k_.data(), dtype_, k_shape_), view_of(v_.data(), dtype_, v_shape_), log_weight_};
 }

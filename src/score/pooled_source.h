@@ -35,6 +35,11 @@ class PooledSource {
   std::vector<float> log_weight_;
 };
 
+/// Adds the gradients of pooled rows, float [batch, kv_heads, entries, dim], to those of their members in the tensor
+/// that was pooled, float [B, kv_heads, Nk, dim]: a member of n has the n-th part of its entry's.
+void spread_gradients(const Problem& problem, std::span<const OrderedTiles> sequences, std::int64_t members,
+                      const TensorView& d_pooled, const MutableTensorView& d_rows, int threads);
+
 /// One OrderedTiles per sequence, the tokens in this order for each grid.
 template <class Order>
 std::vector<OrderedTiles> ordered_sequences(const Problem& problem, std::int64_t tile_q, std::int64_t tile_k,

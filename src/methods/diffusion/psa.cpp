@@ -11,6 +11,9 @@
 // tiles with text are dense; sample offsets depend on seed, layer and head alone; the ragged last entry of a level is
 // the mean of the keys it has, with the logarithm of their number. In causal problems a pooled entry is seen once its
 // last member is, and the blocks a tile can see are its candidates.
+//
+// Backward: the selection is a constant, and the members of a pooled key share its gradient. A mean that is rounded to
+// 16 bits passes its gradient on as if it were not.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -18,10 +21,12 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <utility>
 #include <vector>
 
+#include "core/convert.h"
 #include "core/error.h"
 #include "core/parallel.h"
 #include "methods/grid_order.h"
@@ -100,7 +105,7 @@ class PyramidSparse {
             .family = "diffusion",
             .summary = "pyramid: each key block is read raw, pooled 2, 4 or 8 to one, or skipped, in one softmax",
             .paper = "PSA: Pyramid Sparse Attention for Efficient Video Understanding and Generation, arXiv:2512.04025",
-            .phases = {.prefill = true, .decode = false}};
+            .phases = {.prefill = true, .decode = false, .backward = true}};
   }
 
   explicit PyramidSparse(Params params) : params_(std::move(params)) {
@@ -114,19 +119,12 @@ class PyramidSparse {
 
   RunReport attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
                    const PlanContext& context, Plan* executed) const {
-    require(inputs.modifiers.alibi_slopes.empty() && inputs.modifiers.key_bias.data == nullptr,
-            "psa: pooled keys have no position and no bias of their own; expected neither ALiBi nor key bias");
+    require_supported(inputs);
     const auto start = std::chrono::steady_clock::now();
     const std::vector<OrderedTiles> sequences = sequences_of(problem);
     Plan plan = plan_over(problem, inputs, context, sequences);
-    AttentionInputs with_levels = inputs;
-    with_levels.sources.clear();
-    std::vector<score::PooledSource> levels;
-    levels.reserve(kMembers.size() - 1);
-    for (std::size_t level = 1; level < kMembers.size(); ++level) {
-      levels.emplace_back(problem, inputs, sequences, kMembers[level], context.run.threads);
-      with_levels.sources.push_back(levels.back().view());
-    }
+    const std::vector<score::PooledSource> levels = pool(problem, inputs, sequences, context);
+    const AttentionInputs with_levels = inputs_with(inputs, levels);
     const std::chrono::duration<double, std::milli> planned = std::chrono::steady_clock::now() - start;
     RunReport report = run(plan, with_levels, outputs, context.run);
     report.plan_ms = planned.count();
@@ -134,7 +132,86 @@ class PyramidSparse {
     return report;
   }
 
+  RunReport backward(const Problem& problem, const AttentionInputs& inputs, const SavedForward& saved,
+                     const Gradients& gradients, const PlanContext& context, const Plan* executed) const {
+    require_supported(inputs);
+    const std::vector<OrderedTiles> sequences = sequences_of(problem);
+    std::optional<Plan> decided;
+    if (executed == nullptr) decided = plan_over(problem, inputs, context, sequences);
+    const std::vector<score::PooledSource> levels = pool(problem, inputs, sequences, context);
+    const AttentionInputs with_levels = inputs_with(inputs, levels);
+    // Sums over the levels are floats, whatever the type of the gradients.
+    FloatLike d_k(gradients.d_k);
+    FloatLike d_v(gradients.d_v);
+    std::vector<FloatLike> pooled;
+    pooled.reserve(2 * levels.size());
+    Gradients own = gradients;
+    own.d_k = d_k.view;
+    own.d_v = d_v.view;
+    own.sources.clear();
+    for (const KeySource& level : with_levels.sources) {
+      SourceGradients of_level;
+      if (d_k.view.data != nullptr) of_level.d_k = pooled.emplace_back(level.k.shape).view;
+      if (d_v.view.data != nullptr) of_level.d_v = pooled.emplace_back(level.v.shape).view;
+      own.sources.push_back(of_level);
+    }
+    RunReport report = run_backward(executed != nullptr ? *executed : *decided, with_levels, saved, own, context.run);
+    for (std::size_t i = 0; i < levels.size(); ++i) {
+      for (const auto& [from, to] : {std::pair(own.sources[i].d_k, d_k.view), {own.sources[i].d_v, d_v.view}}) {
+        if (to.data == nullptr) continue;
+        score::spread_gradients(problem, sequences, kMembers[i + 1], from, to, context.run.threads);
+      }
+    }
+    d_k.write(gradients.d_k);
+    d_v.write(gradients.d_v);
+    return report;
+  }
+
  private:
+  /// Floats in the shape of a gradient; nothing where it is not wanted.
+  struct FloatLike {
+    std::vector<float> values;
+    MutableTensorView view;
+
+    explicit FloatLike(const MutableTensorView& wanted) {
+      if (wanted.data != nullptr) make(wanted.shape);
+    }
+    explicit FloatLike(const std::array<std::int64_t, 4>& shape) { make(shape); }
+    void make(const std::array<std::int64_t, 4>& shape) {
+      values.assign(static_cast<std::size_t>(shape[0] * shape[1] * shape[2] * shape[3]), 0.0F);
+      view = mutable_view_of(values.data(), DType::f32, shape);
+    }
+    void write(const MutableTensorView& to) const {
+      if (to.data == nullptr) return;
+      const auto [batch, heads, tokens, dim] = to.shape;
+      for (std::int64_t row = 0; row < batch * heads * tokens; ++row) {
+        from_float(values.data() + row * dim, dim, to.dtype,
+                   to.row(row / tokens / heads, row / tokens % heads, row % tokens));
+      }
+    }
+  };
+
+  static void require_supported(const AttentionInputs& inputs) {
+    require(inputs.modifiers.alibi_slopes.empty() && inputs.modifiers.key_bias.data == nullptr,
+            "psa: pooled keys have no position and no bias of their own; expected neither ALiBi nor key bias");
+  }
+
+  /// The sources of levels 2, 4 and 8.
+  static std::vector<score::PooledSource> pool(const Problem& problem, const AttentionInputs& inputs,
+                                               std::span<const OrderedTiles> sequences, const PlanContext& context) {
+    std::vector<score::PooledSource> levels;
+    levels.reserve(kMembers.size() - 1);
+    for (std::size_t level = 1; level < kMembers.size(); ++level) {
+      levels.emplace_back(problem, inputs, sequences, kMembers[level], context.run.threads);
+    }
+    return levels;
+  }
+  static AttentionInputs inputs_with(AttentionInputs inputs, std::span<const score::PooledSource> levels) {
+    inputs.sources.clear();
+    for (const score::PooledSource& level : levels) inputs.sources.push_back(level.view());
+    return inputs;
+  }
+
   using Levels = std::vector<std::int8_t>;  ///< of the key blocks of one query tile; kSkipped or an index of kMembers
 
   std::vector<OrderedTiles> sequences_of(const Problem& problem) const {

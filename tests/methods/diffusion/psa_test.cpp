@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "methods/diffusion/pooled_reference.h"
 #include "score/token_order.h"
+#include "tessera/gradient.h"
 
 namespace tessera {
 namespace {
@@ -253,6 +254,104 @@ TEST(Psa, OrderFollowsTheGrid) {
   const Plan plan = make_method(kMixed)->plan(input.problem, input.inputs, {});
   EXPECT_EQ(plan.key_order[0], score::with_text(grid, score::gilbert_order(grid.extent)));
   EXPECT_EQ(plan.query_order[0], plan.key_order[0]);
+}
+
+/// sum of output . d_o by the formula over the keys that a plan names, from q, k and v as float64 [heads][tokens][dim].
+double loss_by_formula(const Problem& problem, const Plan& plan, const std::vector<double>& q,
+                       const std::vector<double>& k, const std::vector<double>& v, const std::vector<float>& d_o) {
+  double loss = 0;
+  const std::int64_t dim = problem.head_dim;
+  const std::int64_t value_dim = problem.value_dim;
+  for (std::int64_t h = 0; h < problem.q_heads; ++h) {
+    const std::int64_t kv = h / problem.group() * problem.kv_len;
+    const std::int64_t block = plan.block_of(0, h);
+    const bool ordered = !plan.query_order.empty() && !plan.query_order[block].empty();
+    for (std::int64_t place = 0; place < problem.q_len; ++place) {
+      const std::int64_t n = ordered ? plan.query_order[block][place] : place;
+      std::vector<double> sums(static_cast<std::size_t>(value_dim));
+      double total = 0;
+      for (const test::PooledKey& key : test::keys_of_row(plan, 0, h, place / plan.tile_q, kMembers)) {
+        const std::int64_t last = *std::max_element(key.members.begin(), key.members.end());
+        if (problem.causal && last > problem.q_offset_of(0) + n) continue;
+        double score = 0;
+        for (const std::int64_t j : key.members) {
+          for (std::int64_t d = 0; d < dim; ++d) {
+            score += q[(h * problem.q_len + n) * dim + d] * k[(kv + j) * dim + d];
+          }
+        }
+        const auto members = static_cast<double>(key.members.size());
+        const double weight = members * std::exp(score / members * problem.softmax_scale());
+        total += weight;
+        for (const std::int64_t j : key.members) {
+          for (std::int64_t d = 0; d < value_dim; ++d) sums[d] += weight / members * v[(kv + j) * value_dim + d];
+        }
+      }
+      for (std::int64_t d = 0; d < value_dim && total > 0; ++d) {
+        loss += sums[d] / total * d_o[(h * problem.q_len + n) * value_dim + d];
+      }
+    }
+  }
+  return loss;
+}
+
+TEST(Psa, GradientsMatchCentralDifferencesOfTheFormula) {
+  for (const bool causal : {false, true}) {
+    // Ragged: the last pooled entries have fewer members.
+    const TokenGrid grid{{2, 5, 7}, 0, 3};
+    const AttentionCase input = on_grid(grid, {.name = "grid", .q_heads = 4, .kv_heads = 2, .causal = causal});
+    const Problem& problem = input.problem;
+    const auto method =
+        make_method("psa:block_q=16,block_k=8,pack=1,rule=topk,end_1=0.2,end_2=0.4,end_4=0.6,end_8=0.8");
+    const Result result = test::attend(*method, input);
+    std::set<int> seen;
+    for (const int level : levels_of(result.plan, 0, 1)) seen.insert(level);
+    EXPECT_GE(seen.size(), 4U);
+    std::vector<float> d_o(result.o.size());
+    for (std::size_t i = 0; i < d_o.size(); ++i) d_o[i] = std::sin(static_cast<float>(i) * 1.3F);
+    const auto numbers = [](const TensorView& view) {
+      std::vector<double> values;
+      for (std::int64_t h = 0; h < view.heads(); ++h) {
+        for (std::int64_t n = 0; n < view.tokens(); ++n) {
+          for (std::int64_t d = 0; d < view.dim(); ++d) {
+            values.push_back(load_as_float(view.row(0, h, n), view.dtype, d));
+          }
+        }
+      }
+      return values;
+    };
+    std::array<std::vector<double>, 3> x{numbers(input.inputs.q), numbers(input.inputs.k), numbers(input.inputs.v)};
+    std::array<std::vector<float>, 3> actual;
+    for (std::size_t i = 0; i < 3; ++i) actual[i].assign(x[i].size(), 99.0F);
+    Gradients gradients;
+    gradients.d_q = mutable_view_of(actual[0].data(), DType::f32, input.inputs.q.shape);
+    gradients.d_k = mutable_view_of(actual[1].data(), DType::f32, input.inputs.k.shape);
+    gradients.d_v = mutable_view_of(actual[2].data(), DType::f32, input.inputs.v.shape);
+    const std::array<std::int64_t, 4> o_shape{1, problem.q_heads, problem.q_len, problem.value_dim};
+    const SavedForward saved{
+        view_of(result.o.data(), DType::f32, o_shape), result.lse, view_of(d_o.data(), DType::f32, o_shape), {}};
+    method->backward(problem, input.inputs, saved, gradients, {}, &result.plan);
+    const auto with_plan = actual;
+    method->backward(problem, input.inputs, saved, gradients, {});  // plans again, the same
+    EXPECT_EQ(actual, with_plan);
+    const auto loss = [&] { return loss_by_formula(problem, result.plan, x[0], x[1], x[2], d_o); };
+    for (std::size_t tensor = 0; tensor < 3; ++tensor) {
+      for (std::size_t i = tensor; i < x[tensor].size(); i += x[tensor].size() / 23) {
+        const double kept = x[tensor][i];
+        x[tensor][i] = kept + 1e-5;
+        const double above = loss();
+        x[tensor][i] = kept - 1e-5;
+        const double expected = (above - loss()) / 2e-5;
+        x[tensor][i] = kept;
+        ASSERT_NEAR(actual[tensor][i], expected, 2e-4 * (1 + std::abs(expected))) << tensor << ", " << i;
+      }
+    }
+    // Only what is asked for, in the type that is asked for.
+    std::vector<std::uint16_t> half(actual[1].size());
+    Gradients keys;
+    keys.d_k = mutable_view_of(half.data(), DType::bf16, input.inputs.k.shape);
+    method->backward(problem, input.inputs, saved, keys, {});
+    for (std::size_t i = 0; i < half.size(); ++i) EXPECT_EQ(half[i], float_to_bf16(actual[1][i])) << i;
+  }
 }
 
 TEST(Psa, RefusesWhatItCannotRun) {
