@@ -301,7 +301,7 @@ class GeneralizedNeighborhood {
             .paper =
                 "Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light, "
                 "arXiv:2504.16922",
-            .phases = {.prefill = true, .decode = true}};
+            .phases = {.prefill = true, .decode = true, .backward = true}};
   }
 
   explicit GeneralizedNeighborhood(const Params& params)

@@ -1,9 +1,12 @@
 // gna against the formula of the paper, pair by pair, and its plans against the simulator.
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "core/error.h"
 #include "methods/masks.h"
 #include "score/neighborhood_simulator.h"
+#include "tessera/gradient.h"
 
 namespace tessera {
 namespace {
@@ -258,6 +261,63 @@ TEST(Gna, PermutedPlansRun) {
           ASSERT_NEAR(o[(h * problem.q_len + n) * problem.value_dim + d], expected[d] / sum, 1e-4);
         }
       }
+    }
+  }
+}
+
+TEST(Gna, GradientsAreThoseOfTheMask) {
+  for (const TokenGrid& grid : {TokenGrid{{3, 4, 6}, 3, 5}, TokenGrid{{3, 5, 7}, 0, 0}}) {
+    for (const bool causal : {false, true}) {
+      AttentionCase input({.name = "grid",
+                           .q_heads = 4,
+                           .kv_heads = 2,
+                           .q_len = grid.tokens(),
+                           .kv_len = grid.tokens(),
+                           .causal = causal});
+      input.problem.grid = grid;
+      const Problem& problem = input.problem;
+      const Setting setting{.window = {2, 3, 4}, .stride = {1, 2, 1}, .dilation = {1, 1, 2}, .causal = {1, 0, 0}};
+      const auto method = make_method(spec_of(setting));
+      const std::array<std::int64_t, 4> shape{1, 4, problem.q_len, problem.value_dim};
+      std::vector<float> o(static_cast<std::size_t>(4 * problem.q_len * problem.value_dim));
+      std::vector<float> lse(static_cast<std::size_t>(4 * problem.q_len));
+      std::vector<float> d_o(o.size());
+      for (std::size_t i = 0; i < d_o.size(); ++i) d_o[i] = std::sin(static_cast<float>(i) * 1.3F);
+      method->attend(problem, input.inputs, {mutable_view_of(o.data(), DType::f32, shape), lse}, {});
+      const SavedForward saved{view_of(o.data(), DType::f32, shape), lse, view_of(d_o.data(), DType::f32, shape), {}};
+      struct Memory {
+        std::vector<float> q, k, v;
+      };
+      const auto gradients_of = [&](Memory& memory) {
+        const auto view = [](std::vector<float>& values, const TensorView& like) {
+          values.resize(static_cast<std::size_t>(like.shape[0] * like.shape[1] * like.shape[2] * like.shape[3]));
+          return mutable_view_of(values.data(), DType::f32, like.shape);
+        };
+        Gradients gradients;
+        gradients.d_q = view(memory.q, input.inputs.q);
+        gradients.d_k = view(memory.k, input.inputs.k);
+        gradients.d_v = view(memory.v, input.inputs.v);
+        return gradients;
+      };
+      Memory actual, expected;
+      method->backward(problem, input.inputs, saved, gradients_of(actual), {});
+      // The mask by the formula, tokens in their own order, in float64.
+      std::vector<std::uint8_t> mask;
+      for (const auto& head : masks_where(input, [&](auto s, auto, auto n, auto j) {
+             return input.allowed(s, n, j) && allows(setting, grid, position(input, s, n), j);
+           })) {
+        mask.insert(mask.end(), head.bits.begin(), head.bits.end());
+      }
+      RunOptions reference;
+      reference.kernel = KernelKind::reference;
+      run_backward(plan_from_mask(problem, mask, 16, 16), input.inputs, saved, gradients_of(expected), reference);
+      const auto compare = [](const std::vector<float>& a, const std::vector<float>& b) {
+        ASSERT_EQ(a.size(), b.size());
+        for (std::size_t i = 0; i < a.size(); ++i) ASSERT_NEAR(a[i], b[i], 1e-4) << i;
+      };
+      compare(actual.q, expected.q);
+      compare(actual.k, expected.k);
+      compare(actual.v, expected.v);
     }
   }
 }
