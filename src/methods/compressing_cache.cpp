@@ -1,6 +1,9 @@
 #include "methods/compressing_cache.h"
 
+#include <algorithm>
+#include <array>
 #include <chrono>
+#include <limits>
 #include <numeric>
 
 #include "core/convert.h"
@@ -49,6 +52,29 @@ void CompressingCache::compress_what_is_due(bool prompt_ended, const PlanContext
   std::vector<std::int32_t> slots(static_cast<std::size_t>(held - count));
   std::iota(slots.begin(), slots.end(), static_cast<std::int32_t>(count));
   keep_only(KeptSlots(static_cast<std::size_t>(shape().kv_heads), slots));
+}
+
+void attend_all_rows(const HeadPages& pages, const TensorView& q, float scale, Branch& out, const RunOptions& options) {
+  const LayerCacheShape& shape = pages.shape();
+  if (pages.rows() == 0) {
+    std::fill(out.o.begin(), out.o.end(), 0.0F);
+    std::fill(out.lse.begin(), out.lse.end(), -std::numeric_limits<float>::infinity());
+    return;
+  }
+  AttentionInputs inputs = pages.inputs();
+  inputs.q = q;
+  Problem problem;
+  problem.batch = shape.kv_heads;
+  problem.q_heads = shape.group();
+  problem.kv_heads = 1;
+  problem.q_len = q.tokens();
+  problem.kv_len = pages.longest();
+  problem.head_dim = shape.head_dim;
+  problem.value_dim = shape.value_dim;
+  problem.scale = scale;
+  problem.causal = false;
+  const std::array<std::int64_t, 4> o_shape{shape.kv_heads, shape.group(), q.tokens(), shape.value_dim};
+  run(dense_plan(problem), inputs, {mutable_view_of(out.o.data(), DType::f32, o_shape), out.lse}, options);
 }
 
 std::vector<float> queries_as_float(const TensorView& q) {

@@ -47,6 +47,10 @@ class CompressingCache : public PromptFirstCache {
   void compress_what_is_due(bool prompt_ended, const PlanContext& context);
 };
 
+/// Attention of queries [kv_heads, group, rows, dim] to every row of pages whose heads are equally long; `scale` is
+/// that of the softmax. Without rows the outputs are 0 and the LSE -inf.
+void attend_all_rows(const HeadPages& pages, const TensorView& q, float scale, Branch& out, const RunOptions& options);
+
 /// Queries [1, q_heads, rows, head_dim] as floats [q_heads][rows][head_dim].
 std::vector<float> queries_as_float(const TensorView& q);
 

@@ -120,20 +120,8 @@ class ThinKCache final : public CompressingCache {
   }
 
   void attend_compressed(const TensorView& q, Branch& out, const PlanContext& context) override {
-    AttentionInputs inputs = narrow_.inputs();
-    inputs.q = narrow_queries(q);
-    Problem problem;
-    problem.batch = shape().kv_heads;
-    problem.q_heads = shape().group();
-    problem.kv_heads = 1;
-    problem.q_len = q.tokens();
-    problem.kv_len = narrow_.longest();
-    problem.head_dim = kept_channels();
-    problem.value_dim = shape().value_dim;
-    problem.scale = 1 / std::sqrt(static_cast<float>(shape().head_dim));
-    problem.causal = false;
-    const std::array<std::int64_t, 4> o_shape{shape().kv_heads, shape().group(), q.tokens(), shape().value_dim};
-    run(dense_plan(problem), inputs, {mutable_view_of(out.o.data(), DType::f32, o_shape), out.lse}, context.run);
+    const float scale = 1 / std::sqrt(static_cast<float>(shape().head_dim));
+    attend_all_rows(narrow_, narrow_queries(q), scale, out, context.run);
   }
 
   /// The channels of each kv head, gathered once per step: [kv_heads, group, rows, kept channels].

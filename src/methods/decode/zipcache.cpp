@@ -10,6 +10,8 @@
 // `interval` of them; the attention of the current query splits them in the same ratio, and they are quantised and
 // appended, with scales of their own. Decoding multiplies codes (kernels/quantized_attention.h).
 //
+// Tokens of a class of 16 bits are no codes: they stay as they are, in the cache's own type.
+//
 // Differs from the authors' code: it divides by N - i, which is the number of probes up to a factor when they lie
 // evenly; here they are counted. Random probes are one of each stretch of the prompt, so that a prompt in chunks is
 // probed alike. As there, the channels' square roots are of both classes together, and "token" number i of a class is
@@ -47,8 +49,8 @@ struct ZipCacheParams {
   double random_probes = 0.05;
   void visit(ParameterList& v) {
     v("unimportant", unimportant, 0, 1, "share of the tokens that get fewer bits");
-    v("important_bits", important_bits, 2, 8, "bits of a number of the other tokens: 2, 3, 4 or 8");
-    v("unimportant_bits", unimportant_bits, 2, 8, "bits of a number of theirs: 2, 3, 4 or 8");
+    v("important_bits", important_bits, 2, 16, "bits of a number of the other tokens: 2, 3, 4 or 8; 16: as they are");
+    v("unimportant_bits", unimportant_bits, 2, 16, "bits of a number of theirs: 2, 3, 4 or 8; 16: as they are");
     v("interval", interval, 1, kMostTokens, "decoded tokens that are quantised together");
     v("recent_probes", recent_probes, 0, 1,
       "share of the prompt at its end whose queries judge it, at least one query");
@@ -192,16 +194,24 @@ class Probes {
   bool lse_known_ = true;
 };
 
-/// Tokens of one class of every kv head.
+/// Bits of a class whose tokens are kept in the cache's own type.
+constexpr std::int64_t kExactBits = 16;
+
+/// Codes of the tokens of one class of every kv head; none where the class is exact.
 struct Class {
+  bool exact;
   QuantizedStore keys;
   QuantizedStore values;
 
   Class(const LayerCacheShape& shape, std::int64_t bits)
-      : keys(QuantizedSide::keys, shape.kv_heads, shape.head_dim,
-             {.bits = static_cast<int>(bits), .scales = QuantizedScales::channel}),
+      : exact(bits == kExactBits),
+        keys(QuantizedSide::keys, shape.kv_heads, shape.head_dim,
+             {.bits = code_bits(bits), .scales = QuantizedScales::channel}),
         values(QuantizedSide::values, shape.kv_heads, shape.value_dim,
-               {.bits = static_cast<int>(bits), .scales = QuantizedScales::token_of_layer, .channel_factors = true}) {}
+               {.bits = code_bits(bits), .scales = QuantizedScales::token_of_layer, .channel_factors = true}) {}
+
+ private:
+  static int code_bits(std::int64_t bits) { return static_cast<int>(bits == kExactBits ? 8 : bits); }
 };
 
 class ZipCacheCache final : public CompressingCache {
@@ -212,6 +222,7 @@ class ZipCacheCache final : public CompressingCache {
         probes_(params, shape),
         important_(shape, params.important_bits),
         unimportant_(shape, params.unimportant_bits),
+        exact_(shape),
         heads_(static_cast<std::size_t>(shape.kv_heads)) {}
 
  private:
@@ -300,6 +311,7 @@ class ZipCacheCache final : public CompressingCache {
   void store(const WholeRows& rows, const Lists& lists, std::int64_t first, std::int64_t count,
              const QuantizedStore::ChannelFactors& factors, Class& to, const PlanContext& context) {
     if (count == 0) return;
+    if (to.exact) return keep_exactly(rows, lists, first, count);
     to.keys.append(count, reader(rows.keys, lists, first, shape().head_dim), context.run.threads);
     to.values.append(count, reader(rows.values, lists, first, shape().value_dim), context.run.threads, factors);
     for (std::int64_t head = 0; head < shape().kv_heads; ++head) {
@@ -309,7 +321,35 @@ class ZipCacheCache final : public CompressingCache {
     }
   }
 
+  /// The rows of the same places, in the cache's own type.
+  void keep_exactly(const WholeRows& rows, const Lists& lists, std::int64_t first, std::int64_t count) {
+    const std::int64_t oldest = tokens() - size_of_head(0);
+    for (std::int64_t head = 0; head < shape().kv_heads; ++head) {
+      const auto h = static_cast<std::size_t>(head);
+      for (std::int64_t i = first; i < first + count; ++i) {
+        const std::int32_t token = lists[h][static_cast<std::size_t>(i)];
+        exact_.append_stored(head, oldest + token, rows.keys[h].row(token), rows.values[h].row(token));
+      }
+    }
+  }
+
   void attend_compressed(const TensorView& q, Branch& out, const PlanContext& context) override {
+    if (exact_.rows() == 0) return attend_codes(q, out, context);
+    Branch exact(shape().q_heads * q.tokens(), shape().value_dim);
+    attend_all_rows(exact_, heads_as_batch(q, shape().kv_heads), 1 / std::sqrt(static_cast<float>(shape().head_dim)),
+                    exact, context.run);
+    if (heads_[0].keys.empty()) {
+      out = std::move(exact);
+      return;
+    }
+    Branch codes(shape().q_heads * q.tokens(), shape().value_dim);
+    attend_codes(q, codes, context);
+    const MutableTensorView o =
+        mutable_view_of(out.o.data(), DType::f32, {1, shape().q_heads, q.tokens(), shape().value_dim});
+    merge_branches(codes, exact, {o, out.lse}, context.run.threads);
+  }
+
+  void attend_codes(const TensorView& q, Branch& out, const PlanContext& context) const {
     const kernels::QuantizedProblem problem{shape().group() * q.tokens(), shape().head_dim, shape().value_dim,
                                             1 / std::sqrt(static_cast<float>(shape().head_dim))};
     kernels::attend_quantized(problem, heads_, queries_as_float(q).data(), out.o.data(), out.lse.data(), context.run);
@@ -323,18 +363,20 @@ class ZipCacheCache final : public CompressingCache {
       kind->keys.clear();
       kind->values.clear();
     }
+    exact_.reset();
     heads_.assign(heads_.size(), {});
   }
 
   std::size_t bytes_of_compressed() const override {
     return important_.keys.memory_bytes() + important_.values.memory_bytes() + unimportant_.keys.memory_bytes() +
-           unimportant_.values.memory_bytes() + probes_.memory_bytes();
+           unimportant_.values.memory_bytes() + exact_.memory_bytes() + probes_.memory_bytes();
   }
 
   ZipCacheParams params_;
   Probes probes_;
   Class important_;
   Class unimportant_;
+  HeadPages exact_;                            ///< tokens of exact classes
   std::vector<kernels::QuantizedHead> heads_;  ///< both classes as the kernel reads them
 };
 
@@ -355,7 +397,8 @@ struct ZipCache {
   explicit ZipCache(Params given) : params(given) {
     for (const auto& [name, bits] :
          {std::pair("important_bits", params.important_bits), std::pair("unimportant_bits", params.unimportant_bits)}) {
-      require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "zipcache: {}={}; expected 2, 3, 4 or 8", name, bits);
+      require(bits == 2 || bits == 3 || bits == 4 || bits == 8 || bits == kExactBits,
+              "zipcache: {}={}; expected 2, 3, 4, 8 or 16", name, bits);
     }
     require(params.recent_probes + params.random_probes <= 1,
             "zipcache: recent_probes={} and random_probes={}; expected a sum of at most 1", params.recent_probes,

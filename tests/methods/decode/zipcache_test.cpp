@@ -125,6 +125,7 @@ class Model {
 
   void quantise_class(const std::vector<std::vector<std::int64_t>>& tokens,
                       const std::vector<std::vector<double>>& factors, int bits) {
+    if (bits == 16) return;  // kept as they are
     for (std::size_t head = 0; head < keys_.size(); ++head) {
       for (std::size_t d = 0; d < static_cast<std::size_t>(shape_.head_dim); ++d) {
         Range range;
@@ -166,7 +167,8 @@ std::vector<std::int64_t> recent(std::int64_t first, std::int64_t last, double s
 
 TEST(ZipCache, DecodesOverTwoPrecisionsAndAWholeTail) {
   for (const CacheCaseShape& shape : test::cache_shapes()) {
-    for (const Rule& rule : {Rule{}, Rule{0.25, 8, 3, 7, 0.5}, Rule{0, 4, 2, 100, 0}, Rule{1, 4, 2, 1, 0.05}}) {
+    for (const Rule& rule : {Rule{}, Rule{0.25, 8, 3, 7, 0.5}, Rule{0, 4, 2, 100, 0}, Rule{1, 4, 2, 1, 0.05},
+                             Rule{0.4, 16, 2, 10, 0.1}, Rule{0.6, 4, 16, 9, 0.1}}) {
       CacheCase input(shape);
       Model model(input, rule);
       const auto method = make_method(rule.spec());
@@ -297,6 +299,24 @@ TEST(ZipCache, ConstantTokensComeBackExactly) {
   for (const float x : input.run(*cache, *method, 200, 1, false)) EXPECT_NEAR(x, -2.5, 1e-5);
 }
 
+TEST(ZipCache, SixteenBitsAreExact) {
+  for (const CacheCaseShape& shape : test::cache_shapes()) {
+    CacheCase input(shape);
+    const auto method = make_method(Rule{0.4, 16, 16, 10, 0.1}.spec());
+    const auto cache = method->new_cache(input.layer_shape(), {});
+    const auto all = [](auto, auto token, auto j) { return j <= token; };
+    input.run(*cache, *method, 0, 133, true);
+    cache->finish_prefill({});
+    for (std::int64_t token = 133; token < 160; ++token) {
+      input.expect_attention(input.run(*cache, *method, token, 1, false), token, all);
+    }
+    input.expect_attention(input.run(*cache, *method, 160, 40, true), 160, all);
+    cache->reset();
+    EXPECT_EQ(cache->memory_bytes(), 0U);
+    input.expect_attention(input.run(*cache, *method, 0, 50, true), 0, all);
+  }
+}
+
 TEST(ZipCache, TheFirstTokensCanBeDecoded) {
   CacheCase input({});
   const Rule rule{};
@@ -325,6 +345,14 @@ TEST(ZipCache, GivesMemoryBack) {
   cache->reset();
   EXPECT_LT(cache->memory_bytes(), dense / 50);
   EXPECT_EQ(cache->tokens(), 0);
+
+  const auto half = make_method("zipcache:important_bits=16,unimportant=0.75");
+  const auto exact = half->new_cache(input.layer_shape(), {});
+  input.run(*exact, *make_method("window:left=100"), 0, 2000, true);
+  exact->finish_prefill({});
+  // A quarter of the rows as they are, the others in 2 of 16 bits.
+  EXPECT_GT(exact->memory_bytes(), dense * 25 / 100);
+  EXPECT_LT(exact->memory_bytes(), dense * 38 / 100);
 }
 
 TEST(ZipCache, TakesBackTokensThatAreStillWhole) {
@@ -351,6 +379,7 @@ TEST(ZipCache, RefusesBadParameters) {
   EXPECT_THROW(make_method("zipcache:important_bits=5"), Error);
   EXPECT_THROW(make_method("zipcache:unimportant_bits=1"), Error);
   EXPECT_THROW(make_method("zipcache:unimportant=1.5"), Error);
+  EXPECT_THROW(make_method("zipcache:important_bits=12"), Error);
   EXPECT_THROW(make_method("zipcache:interval=0"), Error);
   EXPECT_THROW(make_method("zipcache:recent_probes=0.6,random_probes=0.6"), Error);
 }
