@@ -109,6 +109,15 @@ inline void decode_scores(const TileShape& shape, const std::uint32_t* const* q_
                           float* scores) {
   constexpr std::int64_t element = dtype == DType::f32 ? 4 : 2;
   const std::int64_t whole = shape.head_dim / kPair * kPair;
+  // Channels behind the last whole pair of vectors are one more pair, filled up with zeros.
+  const auto tail_bytes = static_cast<std::size_t>((shape.head_dim - whole) * element);
+  alignas(64) float q_tail[rows][kPair] = {};
+  alignas(64) std::byte k_tail[2][kPair * element] = {};
+  for (std::int64_t d = whole; d < shape.head_dim; ++d) {
+    for (int r = 0; r < rows; ++r) {
+      q_tail[r][paired_place(dtype, d - whole)] = reinterpret_cast<const float*>(q_rows[r])[d];
+    }
+  }
   for (std::int64_t key = 0; key < block.count; key += 2) {
     const std::byte* k0 = block.k[key];
     const std::byte* k1 = block.k[std::min(key + 1, block.count - 1)];
@@ -116,16 +125,14 @@ inline void decode_scores(const TileShape& shape, const std::uint32_t* const* q_
     Vec acc0[4];
     Vec acc1[4];
     for (int r = 0; r < 4; ++r) acc0[r] = acc1[r] = zero();
-    for (std::int64_t d = 0; d < whole; d += kPair) {
+    const auto multiply = [&](const std::byte* first, const std::byte* second, std::int64_t d, const auto& q_at) {
       Vec x0[2];
       Vec x1[2];
-      load_storage_pair<dtype>(k0, d, x0[0], x0[1]);
-      load_storage_pair<dtype>(k1, d, x1[0], x1[1]);
-      ask_for<kPair * element>(k0 + ahead, d * element);
-      ask_for<kPair * element>(k1 + ahead, d * element);
+      load_storage_pair<dtype>(first, d, x0[0], x0[1]);
+      load_storage_pair<dtype>(second, d, x1[0], x1[1]);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) {
-        const float* q = reinterpret_cast<const float*>(q_rows[r]) + d;
+        const float* q = q_at(r);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           const Vec factor = load(q + half * kLanes);
@@ -133,18 +140,21 @@ inline void decode_scores(const TileShape& shape, const std::uint32_t* const* q_
           acc1[r] = fma(factor, x1[half], acc1[r]);
         }
       }
+    };
+    for (std::int64_t d = 0; d < whole; d += kPair) {
+      multiply(k0, k1, d, [&](int r) { return reinterpret_cast<const float*>(q_rows[r]) + d; });
+      ask_for<kPair * element>(k0 + ahead, d * element);
+      ask_for<kPair * element>(k1 + ahead, d * element);
+    }
+    if (tail_bytes > 0) {
+      std::memcpy(k_tail[0], k0 + whole * element, tail_bytes);
+      std::memcpy(k_tail[1], k1 + whole * element, tail_bytes);
+      multiply(k_tail[0], k_tail[1], 0, [&](int r) { return q_tail[r]; });
     }
     float dot0[4];
     float dot1[4];
     reduce_add4(acc0, dot0);
     reduce_add4(acc1, dot1);
-    for (std::int64_t d = whole; d < shape.head_dim; ++d) {
-      for (int r = 0; r < rows; ++r) {
-        const float q = reinterpret_cast<const float*>(q_rows[r])[d];
-        dot0[r] += q * load_as_float(k0, dtype, d);
-        dot1[r] += q * load_as_float(k1, dtype, d);
-      }
-    }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
       scores[r * kBlockKeys + key] = dot0[r];
