@@ -83,6 +83,9 @@ struct LayerCacheShape {
   /// The method that owns the cache also runs the prompt, so that the cache may evict while the prompt comes in.
   /// Otherwise another method attends to the prompt, and finds every token of it until finish_prefill().
   bool own_prompt = false;
+  /// Base of the rotary embedding in the keys, halves paired as in Llama; 0: not known, or none. Caches that give keys
+  /// other positions need it.
+  double rope_theta = 0;
 
   std::int64_t group() const { return q_heads / kv_heads; }
   /// Pages that hold every token of the layer.

@@ -83,7 +83,8 @@ RunReport attend_kept(const HeadPages& pages, const TensorView& q, std::span<con
 }
 
 void EvictingCache::observe(const CacheCall& call, std::span<const float> lse, const PlanContext& context) {
-  if (call.prompt) {
+  // Until a first prompt has ended everything is there, and decoded tokens are as good as a prompt's.
+  if (call.prompt || whole()) {
     observe_prompt(call, lse, context);
   } else {
     observe_decode(call, lse, context);
@@ -137,6 +138,15 @@ void EvictingCache::finish_prefill(const PlanContext& context) {
 
 std::int64_t EvictingCache::position_of(std::int64_t kv_head, std::int64_t slot) const {
   return whole() ? slot : pages().positions(kv_head)[static_cast<std::size_t>(slot)];
+}
+
+void EvictingCache::evict_oldest(std::int64_t kv_head, std::int64_t sinks) {
+  std::int64_t oldest = -1;
+  for (std::int64_t slot = 0; slot < size_of_head(kv_head); ++slot) {
+    if (position_of(kv_head, slot) < sinks) continue;
+    if (oldest < 0 || position_of(kv_head, slot) < position_of(kv_head, oldest)) oldest = slot;
+  }
+  evict_slot(kv_head, oldest);
 }
 
 void EvictingCache::evict_slot(std::int64_t kv_head, std::int64_t slot) {

@@ -43,8 +43,8 @@ class EvictingCache : public PromptFirstCache {
   virtual std::span<const HeadWindow> windows() const { return {}; }
   /// What stands for evicted rows, while rows are kept per head; see attend_kept().
   virtual const KeySource* stand_in() const { return nullptr; }
-  /// After the attention of prompt rows. The LSE [q_heads][rows] is that of dense attention over what is kept; empty
-  /// when a sparse method ran.
+  /// After the attention of prompt rows, or of rows decoded before any prompt. The LSE [q_heads][rows] is that of dense
+  /// attention over what is kept; empty when a sparse method ran.
   virtual void observe_prompt(const CacheCall&, std::span<const float>, const PlanContext&) {}
   /// At the end of a prompt: whether rows are evicted at all. If not, everything stays as it is.
   virtual bool evicts() const = 0;
@@ -52,7 +52,7 @@ class EvictingCache : public PromptFirstCache {
   virtual KeptSlots choose(const PlanContext& context) = 0;
   /// The rows of these slots are all that is left, in their order.
   virtual void evicted(const KeptSlots&) {}
-  /// After the attention of decoded rows, with their LSE [q_heads][rows].
+  /// After the attention of rows decoded while rows are kept per head, with their LSE [q_heads][rows].
   virtual void observe_decode(const CacheCall&, std::span<const float>, const PlanContext&) {}
   virtual std::size_t bytes_of_notes() const { return 0; }
 
@@ -62,13 +62,17 @@ class EvictingCache : public PromptFirstCache {
   void evict_slot(std::int64_t kv_head, std::int64_t slot);
   /// Keeps these rows while the prompt comes in; not whole().
   void keep(const KeptSlots& kept);
+  /// Evicts the oldest row whose position is not below `sinks`.
+  void evict_oldest(std::int64_t kv_head, std::int64_t sinks);
   /// Slots of a head in the order of their positions: decoding leaves them in another.
   std::vector<std::int32_t> slots_by_position(std::int64_t kv_head) const;
+  /// Brings the rows of all heads into that order.
+  void sort_slots();
+
+  RunReport attend_kept_rows(const CacheCall& call, const PlanContext& context) override;
 
  private:
-  RunReport attend_kept_rows(const CacheCall& call, const PlanContext& context) final;
   void observe(const CacheCall& call, std::span<const float> lse, const PlanContext& context) final;
-  void sort_slots();
 };
 
 }  // namespace tessera

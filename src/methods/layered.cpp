@@ -106,6 +106,9 @@ class LayeredMethod final : public Method {
     const std::size_t part = part_of(context);
     return parts_[part].method->attend(problem, inputs, outputs, context_of(part, context), executed);
   }
+  bool runs_its_plan() const override {
+    return std::all_of(parts_.begin(), parts_.end(), [](const Part& part) { return part.method->runs_its_plan(); });
+  }
   std::unique_ptr<MethodState> new_state() const override { return std::make_unique<LayeredState>(parts_); }
   std::unique_ptr<LayerCache> new_cache(const LayerCacheShape& shape, const PlanContext& context) const override {
     const std::size_t part = part_of(context);

@@ -50,7 +50,8 @@ LayerCacheShape cache_shape(const ModelConfig& config, const SessionOptions& opt
           .value_dim = config.head_dim,
           .dtype = storage_of(options.kv_dtype),
           .page_size = options.page_size,
-          .capacity = options.capacity > 0 ? options.capacity : config.max_positions};
+          .capacity = options.capacity > 0 ? options.capacity : config.max_positions,
+          .rope_theta = config.rope_theta};
 }
 
 }  // namespace

@@ -65,11 +65,15 @@ TEST(Layered, ReportsWhatRuns) {
 
 TEST(Layered, SupportsWhatAllPartsSupport) {
   EXPECT_TRUE(layered(kThree)->info().phases.decode);
-  EXPECT_FALSE(layered(kThree)->info().own_cache);
+  EXPECT_TRUE(layered(kThree)->info().own_cache);  // of streaming
   const auto mixed = layered(R"({"layers": [{"layers": "0", "method": "dense"},
                                             {"layers": "1-", "method": "xattention"}]})");
   EXPECT_TRUE(mixed->info().phases.prefill);
   EXPECT_FALSE(mixed->info().phases.decode);
+  EXPECT_FALSE(mixed->info().own_cache);
+  EXPECT_TRUE(mixed->runs_its_plan());
+  EXPECT_FALSE(layered(R"({"layers": [{"layers": "0", "method": "dense"}, {"layers": "1-", "method": "nsa"}]})")
+                   ->runs_its_plan());
 }
 
 TEST(Layered, StatesAndCachesBelongToTheirLayers) {

@@ -16,64 +16,14 @@
 
 #include "core/error.h"
 #include "core/parallel.h"
-#include "methods/evicting_cache.h"
 #include "methods/head_classes.h"
 #include "methods/registry.h"
+#include "methods/window_cache.h"
 #include "score/a_shape.h"
 #include "score/plan_rows.h"
 
 namespace tessera {
 namespace {
-
-class DuoCache final : public EvictingCache {
- public:
-  /// `windows` of the kv heads; streaming heads keep `tail` tokens behind their sinks from one pass to the next.
-  DuoCache(const LayerCacheShape& shape, std::vector<HeadWindow> windows, std::int64_t tail, bool whole_chunk)
-      : EvictingCache(shape, !shape.own_prompt), windows_(std::move(windows)), no_windows_(whole_chunk), tail_(tail) {}
-
- private:
-  std::span<const HeadWindow> windows() const override {
-    return no_windows_ ? std::span<const HeadWindow>() : std::span<const HeadWindow>(windows_);
-  }
-  void observe_prompt(const CacheCall&, std::span<const float>, const PlanContext& context) override {
-    if (!whole()) keep(choose(context));
-  }
-  bool evicts() const override { return whole(); }
-
-  KeptSlots choose(const PlanContext&) override {
-    KeptSlots kept;
-    for (std::int64_t head = 0; head < shape().kv_heads; ++head) {
-      std::vector<std::int32_t> slots = slots_by_position(head);
-      const HeadWindow& window = windows_[static_cast<std::size_t>(head)];
-      if (window.limited && std::ssize(slots) > window.sinks + tail_) {
-        slots.erase(slots.begin() + window.sinks, slots.end() - tail_);
-      }
-      kept.push_back(std::move(slots));
-    }
-    return kept;
-  }
-
-  void observe_decode(const CacheCall&, std::span<const float>, const PlanContext&) override {
-    for (std::int64_t head = 0; head < shape().kv_heads; ++head) {
-      const HeadWindow& window = windows_[static_cast<std::size_t>(head)];
-      while (window.limited && size_of_head(head) > window.sinks + tail_) evict_oldest(head, window.sinks);
-    }
-  }
-
-  /// The newest row takes the slot of the oldest one that is no sink: a ring.
-  void evict_oldest(std::int64_t head, std::int64_t sinks) {
-    std::int64_t oldest = -1;
-    for (std::int64_t slot = 0; slot < size_of_head(head); ++slot) {
-      if (position_of(head, slot) < sinks) continue;
-      if (oldest < 0 || position_of(head, slot) < position_of(head, oldest)) oldest = slot;
-    }
-    evict_slot(head, oldest);
-  }
-
-  std::vector<HeadWindow> windows_;
-  bool no_windows_;
-  std::int64_t tail_;
-};
 
 class Duo {
  public:
@@ -162,7 +112,7 @@ class Duo {
     if (!streams) return nullptr;
     // The next token is one of the recent ones, unless they are counted before it.
     const std::int64_t tail = whole_chunk_ ? shape_.n_local : shape_.n_local - 1;
-    return std::make_unique<DuoCache>(shape, std::move(windows), tail, whole_chunk_);
+    return std::make_unique<WindowCache>(shape, std::move(windows), tail, whole_chunk_);
   }
 
  private:
