@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/error.h"
 #include "methods/configuration.h"
 
 namespace tessera {
@@ -20,7 +21,9 @@ std::int64_t span_blocks(const ElasticSpan& rule, std::int64_t length) {
 
 SpanTable read_span_table(const Configuration& configuration) {
   SpanTable table;
-  for (const auto& heads : head_table_of(read_configuration(configuration), configuration.name())) {
+  const HeadTable heads_of_layers = head_table_of(read_configuration(configuration), configuration.name());
+  require(!heads_of_layers.empty() && !heads_of_layers[0].empty(), "{}: the table has no heads", configuration.name());
+  for (const auto& heads : heads_of_layers) {
     auto& layer = table.emplace_back();
     for (const HeadEntry& entry : heads) layer.push_back({entry.alpha, entry.beta});
   }

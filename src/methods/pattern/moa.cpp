@@ -3,11 +3,14 @@
 // (src/tune/span_search.h).
 //
 // Prefill: in blocks of 64, a row keeps the sink block and the latest blocks up to its own. Decode: 64 static sinks and
-// a ring of the latest tokens, both together as large as the rule says for the prompt plus the tokens to come. With a
-// state the prompt's length is that of the last prefill of the layer; without one, the keys so far stand for it.
+// a ring of the latest tokens, both together as large as the rule says for the prompt plus the tokens to come. The
+// cache holds no more than that per kv head, from the end of the prompt on. Where there is none, plan() names the same
+// tokens: with a state the prompt's length is that of the last prefill of the layer; without one, the keys so far stand
+// for it. A head that sees everything (alpha 0, beta 1) does so however many tokens come.
 //
 // Differs from the authors' code: sinks count inside the span in prefill too, as in their cache (their prefill masks
-// add a block). In chunked prefill the keys so far are the length N.
+// add a block). In chunked prefill the keys so far are the length N. Heads are not reordered by size: every kv head has
+// pages of its own. A further prompt attends to what is kept and sets the sizes anew.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -18,6 +21,7 @@
 #include "core/error.h"
 #include "core/parallel.h"
 #include "methods/elastic_spans.h"
+#include "methods/evicting_cache.h"
 #include "methods/registry.h"
 #include "score/plan_rows.h"
 
@@ -41,6 +45,42 @@ class PromptLengths final : public MethodState {
  private:
   mutable std::mutex mutex_;
   std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> lengths_;
+};
+
+/// Sinks and a ring of the latest tokens, of a size of its own for each kv head.
+class SpanCache final : public EvictingCache {
+ public:
+  SpanCache(const LayerCacheShape& shape, std::vector<ElasticSpan> rules, std::int64_t new_tokens)
+      : EvictingCache(shape), rules_(std::move(rules)), new_tokens_(new_tokens) {}
+
+ private:
+  bool evicts() const override { return true; }
+
+  KeptSlots choose(const PlanContext&) override {
+    most_.clear();
+    KeptSlots kept;
+    for (std::int64_t head = 0; head < shape().kv_heads; ++head) {
+      const ElasticSpan& rule = rules_[static_cast<std::size_t>(head)];
+      // The next token takes the last place.
+      most_.push_back(rule == ElasticSpan{} ? kMostTokens : span_cache_tokens(rule, tokens() + new_tokens_) - 1);
+      std::vector<std::int32_t> slots = slots_by_position(head);
+      if (std::ssize(slots) > most_.back()) {
+        slots.erase(slots.begin() + kSpanBlock, slots.end() - (most_.back() - kSpanBlock));
+      }
+      kept.push_back(std::move(slots));
+    }
+    return kept;
+  }
+
+  void observe_decode(const CacheCall&, std::span<const float>, const PlanContext&) override {
+    for (std::int64_t head = 0; head < shape().kv_heads; ++head) {
+      while (size_of_head(head) > most_[static_cast<std::size_t>(head)]) evict_oldest(head, kSpanBlock);
+    }
+  }
+
+  std::vector<ElasticSpan> rules_;  ///< [kv_heads]
+  std::int64_t new_tokens_;
+  std::vector<std::int64_t> most_;  ///< tokens that each kv head keeps between two steps
 };
 
 class MixtureOfSpans {
@@ -76,8 +116,24 @@ class MixtureOfSpans {
 
   std::unique_ptr<MethodState> new_state() const { return std::make_unique<PromptLengths>(); }
 
+  void check_model(std::int64_t layers, std::int64_t, std::int64_t kv_heads) const {
+    if (table_.empty()) return;
+    require(std::ssize(table_) == layers && std::ssize(table_[0]) == kv_heads,
+            "moa: '{}' is for {} layers of {} kv heads; the model has {} of {}", params_.config.name(), table_.size(),
+            table_[0].size(), layers, kv_heads);
+  }
+
+  std::unique_ptr<LayerCache> new_cache(const LayerCacheShape& shape, const PlanContext& context) const {
+    std::vector<ElasticSpan> rules = rules_of(shape.kv_heads, context.layer);
+    if (rules.size() == 1) rules.resize(static_cast<std::size_t>(shape.kv_heads), rules[0]);
+    if (std::all_of(rules.begin(), rules.end(), [](const ElasticSpan& rule) { return rule == ElasticSpan{}; })) {
+      return nullptr;
+    }
+    return std::make_unique<SpanCache>(shape, std::move(rules), params_.new_tokens);
+  }
+
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {
-    const std::vector<ElasticSpan> rules = rules_of(problem, context.layer);
+    const std::vector<ElasticSpan> rules = rules_of(problem.kv_heads, context.layer);
     const auto heads = static_cast<std::int64_t>(rules.size());
     score::PlanRows rows(problem, 128, kSpanBlock, heads, false);
     auto* state = dynamic_cast<PromptLengths*>(context.state);
@@ -101,20 +157,21 @@ class MixtureOfSpans {
 
  private:
   /// One rule for all heads, or one per kv head.
-  std::vector<ElasticSpan> rules_of(const Problem& problem, std::int64_t layer) const {
+  std::vector<ElasticSpan> rules_of(std::int64_t kv_heads, std::int64_t layer) const {
     if (table_.empty()) return {{static_cast<double>(params_.alpha), params_.beta}};
     require(layer < static_cast<std::int64_t>(table_.size()), "moa: layer is {}; '{}' has {} layers", layer,
             params_.config.name(), table_.size());
     const std::vector<ElasticSpan>& rules = table_[layer];
-    require(static_cast<std::int64_t>(rules.size()) == problem.kv_heads,
+    require(static_cast<std::int64_t>(rules.size()) == kv_heads,
             "moa: layer {} of '{}' has {} heads; the problem has {} kv heads", layer, params_.config.name(),
-            rules.size(), problem.kv_heads);
+            rules.size(), kv_heads);
     return rules;
   }
 
   std::int64_t ring_tokens(const Problem& problem, const ElasticSpan& rule, std::int64_t sequence,
                            const PlanContext& context, const PromptLengths* state) const {
     const std::int64_t keys = problem.kv_len_of(sequence);
+    if (rule == ElasticSpan{}) return keys;
     const std::int64_t length =
         state == nullptr ? keys : state->get(context.layer, sequence, keys - params_.new_tokens) + params_.new_tokens;
     return span_cache_tokens(rule, length) - kSpanBlock;

@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "io/temporary_folder.h"
+#include "methods/cache_case.h"
 #include "methods/elastic_spans.h"
 #include "methods/masks.h"
 
@@ -134,11 +135,117 @@ TEST(Moa, ReadsFilesStrictly) {
   };
   EXPECT_EQ(message_of(R"({"heads": [[{"class": "full"}, {"alpha": -1024, "beta": 0.5}]]})"), "accepted");
   EXPECT_THAT(message_of(R"({"heads": 3})"), HasSubstr("not a list"));
+  EXPECT_THAT(message_of(R"({"heads": []})"), HasSubstr("has no heads"));
+  EXPECT_THAT(message_of(R"({"heads": [[], []]})"), HasSubstr("has no heads"));
   EXPECT_THAT(message_of(R"({"heads": [3]})"), HasSubstr("layer 0"));
   EXPECT_THAT(message_of(R"({"heads": [[3]]})"), HasSubstr("head 0"));
   EXPECT_THAT(message_of(R"({"heads": [[{"alpha": 1}]]})"), HasSubstr("beta"));
   EXPECT_THAT(message_of(R"({"heads": [[{"alpha": 1, "beta": 2}]]})"), HasSubstr("beta 2"));
   EXPECT_THAT(message_of(R"({"heads": [[{"class": "odd"}]]})"), HasSubstr("'odd'"));
+}
+
+/// Rules for the heads of one layer, in turn: 64 sinks and a ring of 128; everything; a span that grows with the
+/// prompt.
+std::string rules_of_heads(std::int64_t heads) {
+  static const char* const rules[] = {R"({"alpha": 150, "beta": 0})", R"({"class": "full"})",
+                                      R"({"alpha": -50, "beta": 0.7})"};
+  std::string text = R"({"new_tokens": 20, "config": {"heads": [[)";
+  for (std::int64_t head = 0; head < heads; ++head) text += (head > 0 ? ", " : "") + std::string(rules[head % 3]);
+  return text + "]]}}";
+}
+
+TEST(Moa, TheCacheHoldsSinksAndARingPerHead) {
+  for (const test::CacheCaseShape& shape : test::cache_shapes()) {
+    for (const bool own_prompt : {false, true}) {
+      test::CacheCase input(shape);
+      const auto method = find_method("moa").make(rules_of_heads(shape.kv_heads));
+      const auto cache = method->new_cache(input.layer_shape(own_prompt), {});
+      ASSERT_NE(cache, nullptr);
+      const auto prefill = make_method("dense");
+      for (const std::int64_t begin : {0, 200}) {
+        const std::int64_t count = begin == 0 ? 200 : 50;
+        const auto o = input.run(*cache, *prefill, begin, count, true);
+        input.expect_attention(o, begin, [](auto, auto token, auto j) { return j <= token; });
+      }
+      EXPECT_EQ(cache->rows_kept(), 250 * shape.kv_heads) << "the prompt is whole until its end";
+      const std::size_t whole = cache->memory_bytes();
+      cache->finish_prefill({});
+      // -50 + 0.7 * (250 + 20) = 139 tokens: 192 with whole blocks.
+      const std::int64_t kept[] = {192, 1 << 20, 192};
+      const auto rows = [&](std::int64_t tokens) {
+        std::int64_t sum = 0;
+        for (std::int64_t head = 0; head < shape.kv_heads; ++head) sum += std::min(tokens, kept[head % 3] - 1);
+        return sum;
+      };
+      EXPECT_EQ(cache->rows_kept(), rows(250));
+      EXPECT_LT(cache->memory_bytes(), whole);
+      const auto sees = [&](std::int64_t head, std::int64_t token, std::int64_t j) {
+        return j < 64 || token - j < kept[head % 3] - 64;
+      };
+      for (std::int64_t token = 250; token < 320; ++token) {
+        input.expect_attention(input.run(*cache, *method, token, 1, false), token, sees);
+        EXPECT_EQ(cache->rows_kept(), rows(token + 1));
+      }
+      EXPECT_FALSE(cache->truncate(300)) << "evicted since";
+      // A further prompt sees what is kept and all of itself; its end sets the sizes anew: -50 + 0.7 * 390 = 223.
+      const auto o = input.run(*cache, *method, 320, 50, true);
+      input.expect_attention(o, 320, [&](auto head, auto token, auto j) {
+        return j <= token && (j >= 320 || j < 64 || 320 - j < kept[head % 3] - 64);
+      });
+      cache->finish_prefill({});
+      const std::int64_t larger[] = {192, 1 << 20, 256};
+      input.expect_attention(input.run(*cache, *method, 370, 1, false), 370, [&](auto head, auto token, auto j) {
+        const bool there = j >= 320 || j < 64 || 320 - j < kept[head % 3] - 64;
+        return there && (j < 64 || token - j < larger[head % 3] - 64);
+      });
+      cache->reset();
+      EXPECT_EQ(cache->memory_bytes(), 0U);
+      input.expect_attention(input.run(*cache, *prefill, 0, 80, true), 0,
+                             [](auto, auto token, auto j) { return j <= token; });
+    }
+  }
+}
+
+TEST(Moa, CachesOfShortSequencesAndOfWholeHeadsEvictNothing) {
+  test::CacheCase input({});
+  const auto method = make_method("moa:alpha=0,beta=0.5");
+  const auto cache = method->new_cache(input.layer_shape(), {});
+  // Without a prompt, and with one that is shorter than sinks and one block.
+  for (const std::int64_t prompt : {0, 40}) {
+    cache->reset();
+    if (prompt > 0) {
+      input.run(*cache, *method, 0, prompt, true);
+      cache->finish_prefill({});
+    }
+    for (std::int64_t token = prompt; token < 100; ++token) {
+      input.expect_attention(input.run(*cache, *method, token, 1, false), token, [](auto, auto, auto) { return true; });
+    }
+    EXPECT_EQ(cache->rows_kept(), 200);
+  }
+  EXPECT_EQ(make_method("moa:beta=1")->new_cache(input.layer_shape(), {}), nullptr);
+}
+
+TEST(Moa, AHeadThatSeesEverythingDoesSoForever) {
+  const auto method = make_method("moa:beta=1,new_tokens=10");
+  const auto state = method->new_state();
+  PlanContext context;
+  context.state = state.get();
+  Problem problem;
+  problem.q_len = problem.kv_len = 300;
+  problem.head_dim = problem.value_dim = 16;
+  problem.causal = true;
+  method->plan(problem, {}, context);
+  problem.q_len = 1;
+  problem.kv_len = 500;  // far more new tokens than it was told of
+  EXPECT_DOUBLE_EQ(statistics(method->plan(problem, {}, context)).density, 1);
+}
+
+TEST(Moa, ChecksTheModel) {
+  const auto method = find_method("moa").make(rules_of_heads(3));
+  EXPECT_NO_THROW(method->check_model(1, 6, 3));
+  EXPECT_THROW(method->check_model(2, 6, 3), Error);
+  EXPECT_THROW(method->check_model(1, 4, 2), Error);
+  EXPECT_NO_THROW(make_method("moa")->check_model(40, 32, 8));
 }
 
 TEST(Moa, NeedsCausality) {
