@@ -10,3 +10,4 @@
 #include "tessera/model.h"
 #include "tessera/plan.h"
 #include "tessera/recurrent.h"
+#include "tessera/recurrent_snapshot.h"
