@@ -6,6 +6,9 @@
 Selectors run a prefill (or a decoding step) of generated heads through `tessera bench attention`: share of the pairs that
 is computed, share of dense attention's time that choosing and running take, error against dense attention. Caches run the embedded model through
 `tessera run` on the demo's document: what they hold after the prompt, and how fast they decode beside the dense cache.
+
+`duo` and `razor` are dense without a file that classes heads: here `tessera tune razor` writes one for the embedded
+model, for both; generated heads have one of two kv heads that streams.
 """
 
 import argparse
@@ -13,9 +16,11 @@ import json
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GRID = "8x32x32"
+MODEL = ROOT / "models" / "tessera-bytes"
 
 
 def selectors(options):
@@ -30,6 +35,7 @@ def selectors(options):
     rows += [(spec, text) for spec in ("hip", "dhsa", "token-sparse:layers=all", "hyper", "delta-llm", "oracle-topk")]
     rows += [(spec, text) for spec in ("moba", "nsa", "softplus-reweight", "gated")]
     rows += [(spec, text) for spec in ("lightning2", "gated-deltanet", "kda")]
+    rows += [(spec, text) for spec in ("duo",)]
     rows += [(spec, video) for spec in ("gna", "psa", "pisa", "paro", "draft", "sla")]
     rows += [(spec, decode) for spec in ("streaming", "quest:dense_layers=0", "oracle-topk:unit=token,k=1024")]
     rows += [(spec, gradients) for spec in ("dense", "moba", "nsa", "softplus-reweight", "gated")]
@@ -38,7 +44,28 @@ def selectors(options):
 
 
 CACHES = ("dense", "tidaldecode:budget=512,reselect_layer=3", "delta:full_layers=0-1,pages=32", "quest", "snapkv", "h2o",
-          "duo", "razor", "think", "mustafar", "zipcache")  # fmt: skip
+          "duo", "razor", "moa", "think", "mustafar", "zipcache")  # fmt: skip
+
+
+def write_method(path, method, parameters):
+    path.write_text(json.dumps({"method": method, "parameters": parameters}))
+    return str(path)
+
+
+def generated_heads(folder):
+    """Methods by files for `bench attention`: one layer, of whose two kv heads the second streams."""
+    return {"duo": write_method(folder / "duo.json", "duo", {"heads": {"retrieval": [[1, 0]]}})}
+
+
+def heads_of_model(options, folder):
+    """The same for the embedded model: heads that look back to earlier occurrences retrieve, the others do not."""
+    probe = folder / "razor.json"
+    subprocess.run([options.binary, "tune", "razor", "--model", str(MODEL), "--length", "2048", "--threads",
+                    str(options.threads), "--out", str(probe)], check=True, stderr=subprocess.DEVNULL,
+                   stdout=subprocess.DEVNULL)  # fmt: skip
+    heads = json.loads(probe.read_text())["parameters"]["heads"]
+    return {"razor": str(probe),
+            "duo": write_method(folder / "duo_model.json", "duo", {"heads": heads, "sink": 64, "recent": 256})}  # fmt: skip
 
 
 def run_json(command):
@@ -56,14 +83,15 @@ def errors_of(row):
     return "".join(f"{'' if value is None else f'{value:.3f}':>9}" for value in values)
 
 
-def bench_selectors(options):
+def bench_selectors(options, folder):
+    files = generated_heads(folder)
     print(f"{'method':<34}{'phase':>9}{'density':>9}{'kernel/dense':>14}{'plan/dense':>12}{'tokens/s':>12}"
           f"{'rel L2':>9}{'mass':>9}")  # fmt: skip
     for spec, arguments in selectors(options):
         if options.only not in spec:
             continue
         phase = arguments[arguments.index("--phase") + 1] if "--phase" in arguments else "prefill"
-        command = [options.binary, "bench", "attention", "--method", spec, *arguments, "--repeats",
+        command = [options.binary, "bench", "attention", "--method", files.get(spec, spec), *arguments, "--repeats",
                    str(options.repeats), "--threads", str(options.threads), "--json"]  # fmt: skip
         try:
             row = run_json(command)
@@ -75,14 +103,15 @@ def bench_selectors(options):
               f"{tokens:>12.0f}{errors_of(row)}", flush=True)  # fmt: skip
 
 
-def bench_caches(options):
+def bench_caches(options, folder):
+    files = heads_of_model(options, folder) if any(options.only in spec for spec in ("duo", "razor")) else {}
     print(f"\n{'cache':<42}{'MB held':>9}{'rows kept':>11}{'decode tokens/s':>17}")
     document = max((ROOT / "examples" / "documents").iterdir(), key=lambda path: path.stat().st_size)
     for spec in CACHES:
         if options.only not in spec:
             continue
-        command = [options.binary, "run", "--model", str(ROOT / "models" / "tessera-bytes"), "--prompt", str(document),
-                   "--decode-method", spec, "-n", "128", "--threads", str(options.threads), "--json"]  # fmt: skip
+        command = [options.binary, "run", "--model", str(MODEL), "--prompt", str(document),
+                   "--decode-method", files.get(spec, spec), "-n", "128", "--threads", str(options.threads), "--json"]  # fmt: skip
         try:
             row = run_json(command)
         except RuntimeError as error:
@@ -100,8 +129,9 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="methods whose SPEC contains this text")
     options = parser.parse_args()
-    bench_selectors(options)
-    bench_caches(options)
+    with tempfile.TemporaryDirectory() as folder:
+        bench_selectors(options, pathlib.Path(folder))
+        bench_caches(options, pathlib.Path(folder))
 
 
 if __name__ == "__main__":

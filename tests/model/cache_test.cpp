@@ -153,6 +153,25 @@ TEST(SessionCaches, DuoHoldsLittleOfStreamingHeads) {
   EXPECT_THROW(run_with(model, "duo:heads=" + path, ""), Error);
 }
 
+TEST(SessionCaches, SpansAndWindowsGiveMemoryBack) {
+  const Loaded loaded;
+  const Model model = loaded.load();
+  const Outcome dense = run_with(model, "dense", "");
+  // moa: at least 64 sinks and a block, less the place of the next token.
+  const Outcome spans = run_with(model, "dense", "moa:alpha=0,beta=0.3,new_tokens=16");
+  EXPECT_DOUBLE_EQ(spans.tokens_kept, 127);
+  EXPECT_LT(spans.cache_bytes, dense.cache_bytes);
+  for (const std::string positions : {"true", "slot"}) {
+    const std::string method = "positions=" + positions + ",n_init=4,n_local=";
+    const Outcome all = run_with(model, "streaming:" + method + "1000", "");
+    EXPECT_LT(largest_difference(all.logits, dense.logits), 1e-4) << "nothing is dropped";
+    const Outcome few = run_with(model, "dense", "streaming:" + method + "30");
+    EXPECT_DOUBLE_EQ(few.tokens_kept, positions == "slot" ? 34 : 33);
+    EXPECT_LT(few.cache_bytes, dense.cache_bytes * 3 / 4);
+    EXPECT_GT(largest_difference(few.logits, dense.logits), 1e-3);
+  }
+}
+
 TEST(SessionCaches, LayersHaveMethodsOfTheirOwn) {
   const Loaded loaded;
   const Model model = loaded.load();
