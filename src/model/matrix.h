@@ -23,7 +23,7 @@ struct ProductScratch {
 struct ProductOptions {
   int threads = 0;
   bool exact = false;                 ///< see SessionOptions::exact_products
-  std::optional<Isa> isa;             ///< absent: default_isa()
+  std::optional<Isa> isa = {};        ///< absent: default_isa()
   ProductScratch* scratch = nullptr;  ///< null: allocated and freed by the call
 };
 

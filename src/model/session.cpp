@@ -42,6 +42,17 @@ DType storage_of(CacheType type) {
   return type == CacheType::f16 ? DType::f16 : DType::f32;
 }
 
+/// Base of the rotary embedding where all layers turn all pairs (i, i + head_dim / 2) by its powers; else 0. Caches
+/// that turn keys know no other.
+double plain_rope_theta(const ModelConfig& config) {
+  const RopeConfig& rope = config.rope;
+  const bool plain = rope.scaling == RopeScaling::none && !rope.interleaved &&
+                     (rope.dims == 0 || rope.dims == config.head_dim) &&
+                     std::all_of(config.layer_kinds.begin(), config.layer_kinds.end(),
+                                 [](const LayerConfig& layer) { return layer.rope == LayerRope::global; });
+  return plain ? rope.theta : 0;
+}
+
 LayerCacheShape cache_shape(const ModelConfig& config, const SessionOptions& options) {
   require(options.capacity >= 0, "capacity is {}; expected 0 (the model's limit) or more", options.capacity);
   return {.q_heads = config.q_heads,
@@ -51,7 +62,7 @@ LayerCacheShape cache_shape(const ModelConfig& config, const SessionOptions& opt
           .dtype = storage_of(options.kv_dtype),
           .page_size = options.page_size,
           .capacity = options.capacity > 0 ? options.capacity : config.max_positions,
-          .rope_theta = config.rope_theta};
+          .rope_theta = plain_rope_theta(config)};
 }
 
 }  // namespace

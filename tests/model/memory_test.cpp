@@ -60,7 +60,9 @@ TEST(Int8Cache, StaysNearAndIsSmaller) {
       const double difference = largest_difference(exact, logits_of(*loaded.model, options, 256, &bytes));
       EXPECT_GT(difference, 1e-5) << method;
       EXPECT_LT(difference, 0.2) << method;
-      if (std::string_view(method) == "dense") EXPECT_LT(bytes, exact_bytes * 6 / 10);
+      if (std::string_view(method) == "dense") {
+        EXPECT_LT(bytes, exact_bytes * 6 / 10);
+      }
     }
   }
 }
