@@ -28,6 +28,8 @@ namespace {
 struct Options {
   std::string model;
   std::string prompt;
+  bool chat = false;
+  std::string system;
   std::string method = "dense";
   std::string decode_method;
   std::int64_t tokens = 128;
@@ -118,6 +120,15 @@ void print_summary(const Generation& generation, const Session& session) {
   fmt::print(stderr, "\n");
 }
 
+std::vector<std::int32_t> prompt_tokens(const Model& model, const Options& options) {
+  std::string text = read_prompt(options.prompt);
+  if (!options.chat) return model.encode(text);
+  std::vector<ChatMessage> messages;
+  if (!options.system.empty()) messages.push_back({"system", options.system});
+  messages.push_back({"user", std::move(text)});
+  return model.encode_chat(messages);
+}
+
 void run_run(const Options& options) {
   require(options.tokens >= 0, "-n is {}; expected 0 or more", options.tokens);
   require(options.max_length >= 0, "--max-length is {}; expected 0 (the model's limit) or more", options.max_length);
@@ -125,7 +136,8 @@ void run_run(const Options& options) {
   SessionOptions wanted = session_options(options);
   watch_interrupt();
   const Model model = Model::load(options.model, options.run.threads);
-  const std::vector<std::int32_t> prompt = model.encode(read_prompt(options.prompt));
+  require(options.system.empty() || options.chat, "--system needs --chat");
+  const std::vector<std::int32_t> prompt = prompt_tokens(model, options);
   require(!prompt.empty(), "--prompt {}: the prompt is empty and the model has no token to start with", options.prompt);
   std::optional<QkvFile> qkv;
   if (!options.dump_qkv.empty()) {
@@ -181,9 +193,13 @@ void add_run(CLI::App& app) {
   CLI::App* command = add_command(app, "run", "Prefill a prompt and generate with a language model",
                                   "tessera run --model models/tessera-bytes --prompt README.md --method "
                                   "xattention:tau=0.9 -n 64");
-  command->add_option("--model", options->model, "Folder with config.json, *.safetensors and tokenizer.json")
+  command
+      ->add_option("--model", options->model,
+                   "Folder with config.json, *.safetensors and tokenizer.json, or a *.gguf file")
       ->required();
   command->add_option("--prompt", options->prompt, "File with the prompt, or - for standard input")->required();
+  command->add_flag("--chat", options->chat, "The prompt is a message of the user: apply the model's chat template");
+  command->add_option("--system", options->system, "System message of --chat");
   command->add_option("--method", options->method, "Prefill method, and decode method if it supports that: SPEC")
       ->capture_default_str();
   command->add_option("--decode-method", options->decode_method, "Decode method, which owns the cache: SPEC");

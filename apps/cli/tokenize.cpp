@@ -12,6 +12,7 @@
 #include "core/error.h"
 #include "io/json.h"
 #include "model/tokenizer_folder.h"
+#include "model/tokenizer_gguf.h"
 
 namespace tessera::cli {
 
@@ -28,6 +29,7 @@ model::Tokenizer tokenizer_of(const std::string& path) {
   constexpr std::int64_t any_size = std::int64_t{1} << 22;
   std::error_code ignored;
   if (std::filesystem::is_directory(path, ignored)) return model::read_tokenizer(path, any_size);
+  if (path.ends_with(".gguf")) return model::read_tokenizer(GgufFile::open(path));
   return model::Tokenizer::read(parse_json_file(path), path, any_size);
 }
 
@@ -55,7 +57,8 @@ void add_tokenize(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* command = add_command(app, "tokenize", "Show the token ids of a text",
                                   "tessera tokenize --model models/tessera-bytes --prompt README.md");
-  command->add_option("--model", options->model, "Folder with tokenizer.json, or such a file")->required();
+  command->add_option("--model", options->model, "Folder with tokenizer.json, such a file, or a *.gguf file")
+      ->required();
   command->add_option("--prompt", options->prompt, "File with the text")->required();
   command->add_flag("--special", options->special, "Names of special tokens in the text are those tokens");
   add_json_option(*command, options->json);

@@ -145,13 +145,20 @@ std::string_view name_of(CacheType type);
 /// Throws Error that lists the known names.
 CacheType cache_type_from_name(std::string_view name);
 
+/// One message of a conversation.
+struct ChatMessage {
+  std::string role;  ///< system, user or assistant
+  std::string content;
+};
+
 /// A model: shape, weights and tokenizer. Immutable; sessions share it.
 class Model {
  public:
-  /// Reads config.json, model.safetensors or model.safetensors.index.json with its shards (memory-mapped; matrices are
-  /// used in place in the type the file has), and tokenizer.json. Without tokenizer.json token ids are byte values.
-  /// Throws Error naming file, key, value and what was expected.
-  static Model load(const std::filesystem::path& folder, int threads = 0);
+  /// Reads a folder or a *.gguf file, memory-mapped; matrices are used in place in the type the file has. Of a folder
+  /// it reads config.json, model.safetensors or model.safetensors.index.json with its shards, tokenizer.json,
+  /// tokenizer_config.json and generation_config.json. Without tokenizer.json token ids are byte values. Throws Error
+  /// naming file, key, value and what was expected.
+  static Model load(const std::filesystem::path& path, int threads = 0);
   Model(Model&&) noexcept;
   Model& operator=(Model&&) noexcept;
   ~Model();
@@ -160,9 +167,14 @@ class Model {
   /// Heap bytes of the weights (mapped ones not counted).
   std::size_t weight_bytes() const;
 
-  /// Token ids of a text (any bytes), preceded by the beginning-of-sequence token if the model has one and it is
-  /// wanted. Names of special tokens in the text are text. Throws Error for a byte that the vocabulary lacks.
+  /// Token ids of a text, preceded by the beginning-of-sequence token if the model's files put one and it is wanted.
+  /// Names of special tokens in the text are text. Ill-formed UTF-8 becomes U+FFFD, except in byte-level vocabularies
+  /// without merges, which throw Error for a byte that they lack.
   std::vector<std::int32_t> encode(std::string_view text, bool with_bos = true) const;
+  /// Token ids of a conversation in the model's chat template, up to where the answer begins. Roles are system (first,
+  /// if at all), then user and assistant in turn, user last. Throws Error when the files have no template, and for one
+  /// that is not known, listing those that are.
+  std::vector<std::int32_t> encode_chat(std::span<const ChatMessage> messages) const;
   /// Bytes of the tokens; special tokens have none.
   std::string decode(std::span<const std::int32_t> tokens) const;
 

@@ -1,6 +1,9 @@
 // What a loaded model consists of.
 #pragma once
 
+#include <optional>
+#include <string>
+
 #include "model/tokenizer.h"
 #include "model/weights.h"
 #include "tessera/model.h"
@@ -11,6 +14,8 @@ struct Model::Parts {
   ModelConfig config;
   model::Weights weights;
   model::Tokenizer tokenizer;
+  std::optional<std::string> chat_template;  ///< as the files have it
+  std::string name;                          ///< of the folder or file, for messages
 };
 
 }  // namespace tessera

@@ -152,6 +152,11 @@ std::string_view Tokenizer::bytes_of(std::int32_t token) const {
   return parts_->bytes[static_cast<std::size_t>(token)];
 }
 
+std::string_view Tokenizer::name_of(std::int32_t token) const {
+  if (token < 0 || token >= static_cast<std::int64_t>(parts_->tokens.size())) return {};
+  return parts_->tokens[static_cast<std::size_t>(token)];
+}
+
 std::string Tokenizer::decode(std::span<const std::int32_t> tokens) const {
   std::vector<std::string> names;
   for (const std::int32_t token : tokens) {

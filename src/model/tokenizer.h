@@ -44,6 +44,8 @@ class Tokenizer {
   /// The tokens that stand before every text; absent if the file does not say.
   const std::optional<std::vector<std::int32_t>>& prefix() const { return prefix_; }
   void set_prefix(std::vector<std::int32_t> prefix) { prefix_ = std::move(prefix); }
+  /// How the vocabulary spells a token; empty for unused ids.
+  std::string_view name_of(std::int32_t token) const;
   /// The id of a token by its name.
   std::optional<std::int32_t> id_of(std::string_view token) const;
 

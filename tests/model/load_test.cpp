@@ -135,7 +135,7 @@ TEST(LoadTest, WeightsThatDoNotFit) {
               }),
               HasSubstr("model.safetensors"));
   EXPECT_THAT(load_message([](const auto&, const auto&) {}, {.vocab = 100}), HasSubstr("vocab_size 100 is too small"));
-  EXPECT_THAT(message_of([] { Model::load("/nonexistent"); }), HasSubstr("is not a folder"));
+  EXPECT_THAT(message_of([] { Model::load("/nonexistent"); }), HasSubstr("is neither a folder"));
   EXPECT_EQ(load_message([](const auto&, const auto&) {}), "no error");
 }
 

@@ -1,0 +1,32 @@
+// Weight matrices whose numbers lie in the blocks of GGUF files.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "io/ggml_blocks.h"
+#include "model/matrix.h"
+
+namespace tessera::model {
+
+/// A matrix [outputs][inputs] of blocks along the rows that somebody else keeps.
+class BlockMatrix final : public Matrix {
+ public:
+  BlockMatrix(std::span<const std::byte> blocks, GgmlType type, std::int64_t outputs, std::int64_t inputs);
+
+  void multiply(const float* x, std::int64_t rows, float* y, const ProductOptions& options) const override;
+  void row(std::int64_t output, float* out) const override;
+  void multiply_back(const float* d_y, std::int64_t rows, float* d_x, int threads) const override;
+
+ private:
+  /// Rows [first, first + count) as floats.
+  void widen(std::int64_t first, std::int64_t count, float* out) const;
+
+  const std::byte* blocks_;
+  GgmlType type_;
+  std::int64_t row_bytes_;
+};
+
+}  // namespace tessera::model
