@@ -9,6 +9,8 @@
 #include "kernels/cpu/product-inl.h"
 //
 #include "kernels/cpu/bytes-inl.h"
+//
+#include "kernels/cpu/blocks-inl.h"
 
 constexpr ByteKernels byte_table() {
   ByteKernels table{};
@@ -17,5 +19,8 @@ constexpr ByteKernels byte_table() {
   table.pack_rows = pack_byte_rows;
   table.multiply = multiply_byte_rows;
   table.attend = attend_bytes;
+  table.quantise_activations = quantise_activations;
+  table.multiply_blocks = multiply_blocks;
+  table.widen_blocks = widen_blocks;
   return table;
 }

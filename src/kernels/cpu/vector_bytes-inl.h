@@ -21,6 +21,22 @@ inline void store_low_bytes(std::uint8_t* p, IntVec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
 
+inline float half_to_float(std::uint16_t bits) {
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
+}
+/// p[0] on the first `lanes` lanes, p[1] on the next, and so on. 8 or 4 lanes.
+template <int lanes>
+inline Vec spread_lanes(const float* p) {
+  if constexpr (lanes == 8) {
+    const __m512i from = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_permutexvar_ps(from, _mm512_castps128_ps512(two));
+  } else {
+    const __m512i from = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(from, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+  }
+}
+
 /// The words of a product as integers.
 inline IntVec to_words(Vec x) {
   return _mm512_castps_si512(x);
@@ -58,6 +74,18 @@ inline void store_low_bytes(std::uint8_t* p, IntVec x) {
   const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
 }
+inline float half_to_float(std::uint16_t bits) {
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
+}
+template <int lanes>
+inline Vec spread_lanes(const float* p) {
+  if constexpr (lanes == 8) {
+    return _mm256_broadcast_ss(p);
+  } else {
+    const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(two), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+  }
+}
 inline IntVec to_words(Vec x) {
   return _mm256_castps_si256(x);
 }
@@ -85,6 +113,15 @@ inline IntVec add_int(IntVec a, IntVec b) {
 }
 inline void store_low_bytes(std::uint8_t* p, IntVec x) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::uint8_t>(x[i] & 0xff);
+}
+inline float half_to_float(std::uint16_t bits) {
+  return f16_to_float(bits);
+}
+template <int lanes>
+inline Vec spread_lanes(const float* p) {
+  Vec out{};
+  for (int i = 0; i < kLanes; ++i) out[i] = p[i / lanes];
+  return out;
 }
 inline IntVec to_words(Vec x) {
   return reinterpret_cast<IntVec>(x);

@@ -1,0 +1,294 @@
+// Products with weights in ggml blocks. Included once per level.
+//
+// A weight is scale * code - minimum with unsigned codes of 8 bits at most and one scale and minimum per group of 16 or
+// 32 numbers, whatever the type. Blocks are unpacked to that form into a buffer that stays in the first-level cache;
+// the product of codes and the bytes of the activations is exact, and per group
+//   sum = scale * scale of the activations * (codes . bytes) - minimum * sum of the activations.
+
+/// Unpacked numbers: natural order.
+struct UnpackedChunk {
+  alignas(64) std::uint8_t codes[kBlockChunk];
+  alignas(64) float scales[kBlockChunk / 16];
+  alignas(64) float minima[kBlockChunk / 16];
+};
+
+inline float half_at(const std::uint8_t* p) {
+  std::uint16_t bits;
+  std::memcpy(&bits, p, 2);
+  return half_to_float(bits);
+}
+
+// One block of each type: `group` numbers share a scale, `numbers` make a block of `bytes` bytes; codes above 127 are
+// `wide`.
+
+struct BlockQ8_0 {
+  static constexpr int group = 32, numbers = 32, bytes = 34;
+  static constexpr bool wide = true;
+  static void unpack(const std::uint8_t* p, std::uint8_t* codes, float* scale, float* minimum) {
+    for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::uint8_t>(p[2 + i] ^ 0x80);
+    *scale = half_at(p);
+    *minimum = *scale * 128.0F;
+  }
+};
+
+/// Nibbles, perhaps with a minimum, perhaps with a fifth bit.
+template <bool with_minimum, bool fifth>
+struct BlockNibbles {
+  static constexpr int group = 32, numbers = 32, bytes = 18 + (with_minimum ? 2 : 0) + (fifth ? 4 : 0);
+  static constexpr bool wide = false;
+  static void unpack(const std::uint8_t* p, std::uint8_t* codes, float* scale, float* minimum) {
+    const std::uint8_t* high = p + (with_minimum ? 4 : 2);
+    const std::uint8_t* low = high + (fifth ? 4 : 0);
+    for (int i = 0; i < 16; ++i) {
+      codes[i] = low[i] & 15;
+      codes[16 + i] = static_cast<std::uint8_t>(low[i] >> 4);
+    }
+    if constexpr (fifth) {
+      std::uint32_t bits;
+      std::memcpy(&bits, high, 4);
+      for (std::uint32_t i = 0; i < 32; ++i) codes[i] = static_cast<std::uint8_t>(codes[i] | (bits >> i & 1) << 4);
+    }
+    *scale = half_at(p);
+    *minimum = with_minimum ? -half_at(p + 2) : *scale * (fifth ? 16.0F : 8.0F);
+  }
+};
+
+/// The scales and minima of 6 bits of eight groups, in 12 bytes.
+inline void group_factors(const std::uint8_t* p, float scale, float least, float* scales, float* minima) {
+  std::uint32_t words[3];
+  std::memcpy(words, p, 12);
+  const std::uint32_t packed[4]{words[0] & 0x3f3f3f3fU, (words[2] & 0x0f0f0f0fU) | (words[0] >> 6 & 0x03030303U) << 4,
+                                words[1] & 0x3f3f3f3fU,
+                                (words[2] >> 4 & 0x0f0f0f0fU) | (words[1] >> 6 & 0x03030303U) << 4};
+  std::uint8_t factors[16];
+  std::memcpy(factors, packed, 16);
+  for (int i = 0; i < 8; ++i) scales[i] = scale * static_cast<float>(factors[i]);
+  for (int i = 0; i < 8; ++i) minima[i] = least * static_cast<float>(factors[8 + i]);
+}
+
+template <bool fifth>
+struct BlockQ45K {
+  static constexpr int group = 32, numbers = 256, bytes = fifth ? 176 : 144;
+  static constexpr bool wide = false;
+  static void unpack(const std::uint8_t* p, std::uint8_t* codes, float* scales, float* minima) {
+    const std::uint8_t* high = p + 16;
+    const std::uint8_t* q = high + (fifth ? 32 : 0);
+    for (int pair = 0; pair < 4; ++pair) {
+      for (int i = 0; i < 32; ++i) {
+        codes[pair * 64 + i] = q[pair * 32 + i] & 15;
+        codes[pair * 64 + 32 + i] = static_cast<std::uint8_t>(q[pair * 32 + i] >> 4);
+      }
+      if constexpr (fifth) {
+        for (int i = 0; i < 32; ++i) {
+          codes[pair * 64 + i] = static_cast<std::uint8_t>(codes[pair * 64 + i] | (high[i] >> 2 * pair & 1) << 4);
+          codes[pair * 64 + 32 + i] =
+              static_cast<std::uint8_t>(codes[pair * 64 + 32 + i] | (high[i] >> (2 * pair + 1) & 1) << 4);
+        }
+      }
+    }
+    group_factors(p + 4, half_at(p), half_at(p + 2), scales, minima);
+  }
+};
+
+struct BlockQ2K {
+  static constexpr int group = 16, numbers = 256, bytes = 84;
+  static constexpr bool wide = false;
+  static void unpack(const std::uint8_t* p, std::uint8_t* codes, float* scales, float* minima) {
+    for (int part = 0; part < 8; ++part) {
+      const std::uint8_t* q = p + 16 + part / 4 * 32;
+      for (int i = 0; i < 32; ++i) codes[part * 32 + i] = static_cast<std::uint8_t>(q[i] >> part % 4 * 2 & 3);
+    }
+    const float scale = half_at(p + 80);
+    const float least = half_at(p + 82);
+    for (int i = 0; i < 16; ++i) {
+      scales[i] = scale * static_cast<float>(p[i] & 15);
+      minima[i] = least * static_cast<float>(p[i] >> 4);
+    }
+  }
+};
+
+struct BlockQ3K {
+  static constexpr int group = 16, numbers = 256, bytes = 110;
+  static constexpr bool wide = false;
+  static void unpack(const std::uint8_t* p, std::uint8_t* codes, float* scales, float* minima) {
+    for (int part = 0; part < 8; ++part) {
+      const std::uint8_t* q = p + 32 + part / 4 * 32;
+      for (int i = 0; i < 32; ++i) {
+        codes[part * 32 + i] = static_cast<std::uint8_t>((q[i] >> part % 4 * 2 & 3) | (p[i] >> part & 1) << 2);
+      }
+    }
+    const std::uint8_t* packed = p + 96;
+    const float scale = half_at(p + 108);
+    for (int i = 0; i < 16; ++i) {
+      const int low = i < 8 ? packed[i] & 15 : packed[i - 8] >> 4;
+      const int factor = (low | (packed[8 + i % 4] >> i / 4 * 2 & 3) << 4) - 32;
+      scales[i] = scale * static_cast<float>(factor);
+      minima[i] = scales[i] * 4.0F;
+    }
+  }
+};
+
+struct BlockQ6K {
+  static constexpr int group = 16, numbers = 256, bytes = 210;
+  static constexpr bool wide = false;
+  static void unpack(const std::uint8_t* p, std::uint8_t* codes, float* scales, float* minima) {
+    for (int half = 0; half < 2; ++half) {
+      const std::uint8_t* low = p + half * 64;
+      const std::uint8_t* high = p + 128 + half * 32;
+      std::uint8_t* to = codes + half * 128;
+      for (int i = 0; i < 32; ++i) {
+        to[i] = static_cast<std::uint8_t>((low[i] & 15) | (high[i] & 3) << 4);
+        to[32 + i] = static_cast<std::uint8_t>((low[32 + i] & 15) | (high[i] >> 2 & 3) << 4);
+        to[64 + i] = static_cast<std::uint8_t>(low[i] >> 4 | (high[i] >> 4 & 3) << 4);
+        to[96 + i] = static_cast<std::uint8_t>(low[32 + i] >> 4 | (high[i] >> 6) << 4);
+      }
+    }
+    const float scale = half_at(p + 208);
+    for (int i = 0; i < 16; ++i) {
+      scales[i] = scale * static_cast<float>(static_cast<std::int8_t>(p[192 + i]));
+      minima[i] = scales[i] * 32.0F;
+    }
+  }
+};
+
+/// Unpacks `count` numbers, whole blocks, to the start of the chunk.
+template <class Block>
+inline void unpack_chunk(const std::uint8_t* p, std::int64_t count, UnpackedChunk& chunk) {
+  for (std::int64_t at = 0; at < count; at += Block::numbers) {
+    const std::int64_t group = at / Block::group;
+    Block::unpack(p, chunk.codes + at, chunk.scales + group, chunk.minima + group);
+    p += Block::bytes;
+  }
+}
+
+/// Adds the product of a chunk and `count` activations to `acc` and, per group, the part of the minima to `low`.
+template <class Block>
+inline void multiply_chunk(const UnpackedChunk& chunk, const std::int8_t* bytes, const float* x_scales,
+                           const float* x_sums, std::int64_t count, Vec& acc, Vec& low) {
+  // The scale of codes times that of bytes, per group.
+  constexpr std::int64_t groups_of_chunk = kBlockChunk / Block::group;
+  alignas(64) float scales[groups_of_chunk];
+  const std::int64_t groups = (count + 16 * Block::group - 1) / (16 * Block::group) * 16;
+  for (std::int64_t g = 0; g < groups; ++g) scales[g] = chunk.scales[g] * x_scales[g * Block::group / kActivationGroup];
+  if constexpr (Block::group == 32) {
+    alignas(64) float sums[groups_of_chunk];
+    for (std::int64_t g = 0; g < groups; ++g) sums[g] = x_sums[2 * g] + x_sums[2 * g + 1];
+    for (std::int64_t g = 0; g < groups; g += kLanes) low = fma(load(chunk.minima + g), load(sums + g), low);
+  } else {
+    for (std::int64_t g = 0; g < groups; g += kLanes) low = fma(load(chunk.minima + g), load(x_sums + g), low);
+  }
+  constexpr int lanes = Block::group / 4;  // words of a group
+  constexpr int step = kLanes * 4;         // numbers of a vector
+  const IntVec none = set1_int(0);
+  for (std::int64_t at = 0; at < count; at += step) {
+    const IntVec codes = load_int(reinterpret_cast<const std::int32_t*>(chunk.codes + at));
+    const IntVec numbers = load_int(reinterpret_cast<const std::int32_t*>(bytes + at));
+    const IntVec products = multiply_add_bytes<Block::wide>(codes, numbers, none);
+    acc = fma(to_float(products), spread_lanes<lanes>(scales + at / Block::group), acc);
+  }
+}
+
+/// y[r][o] for rows of activations that are multiplied together.
+template <class Block>
+inline void multiply_rows(const BlockRows& weights, const ByteActivations& x, float* y, std::int64_t y_stride) {
+  UnpackedChunk chunk{};
+  for (std::int64_t o = 0; o < weights.outputs; ++o) {
+    const auto* p = reinterpret_cast<const std::uint8_t*>(weights.blocks + o * weights.row_bytes);
+    Vec acc[kBlockRows];
+    Vec low[kBlockRows];
+    for (std::int64_t r = 0; r < x.rows; ++r) acc[r] = low[r] = zero();
+    for (std::int64_t first = 0; first < weights.inputs; first += kBlockChunk) {
+      const std::int64_t count = std::min(kBlockChunk, weights.inputs - first);
+      const std::int64_t bytes = count / Block::numbers * Block::bytes;
+      // Far enough ahead that memory is never waited for; what lies behind the last row is not touched by asking.
+      for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + line + 8192, 0, 2);
+      if (count < kBlockChunk) {
+        std::fill(chunk.scales, chunk.scales + kBlockChunk / 16, 0.0F);
+        std::fill(chunk.minima, chunk.minima + kBlockChunk / 16, 0.0F);
+      }
+      unpack_chunk<Block>(p, count, chunk);
+      for (std::int64_t r = 0; r < x.rows; ++r) {
+        multiply_chunk<Block>(chunk, x.bytes + r * x.padded + first, x.scales + (r * x.padded + first) / 32,
+                              x.sums + (r * x.padded + first) / 16, count, acc[r], low[r]);
+      }
+      p += bytes;
+    }
+    for (std::int64_t r = 0; r < x.rows; ++r) y[r * y_stride + o] = reduce_add(sub(acc[r], low[r]));
+  }
+}
+
+/// Calls body(Block{}) for the type of the blocks.
+template <class Body>
+inline void with_block(GgmlType type, const Body& body) {
+  switch (type) {
+    case GgmlType::q8_0:
+      return body(BlockQ8_0{});
+    case GgmlType::q4_0:
+      return body(BlockNibbles<false, false>{});
+    case GgmlType::q4_1:
+      return body(BlockNibbles<true, false>{});
+    case GgmlType::q5_0:
+      return body(BlockNibbles<false, true>{});
+    case GgmlType::q5_1:
+      return body(BlockNibbles<true, true>{});
+    case GgmlType::q2_k:
+      return body(BlockQ2K{});
+    case GgmlType::q3_k:
+      return body(BlockQ3K{});
+    case GgmlType::q4_k:
+      return body(BlockQ45K<false>{});
+    case GgmlType::q5_k:
+      return body(BlockQ45K<true>{});
+    default:
+      return body(BlockQ6K{});
+  }
+}
+
+inline void multiply_blocks(const BlockRows& weights, const ByteActivations& x, float* y, std::int64_t y_stride) {
+  with_block(weights.type, [&](auto block) { multiply_rows<decltype(block)>(weights, x, y, y_stride); });
+}
+
+/// Whole blocks as floats.
+template <class Block>
+inline void widen_chunks(const std::uint8_t* p, std::int64_t numbers, float* out) {
+  UnpackedChunk chunk{};
+  for (std::int64_t first = 0; first < numbers; first += kBlockChunk) {
+    const std::int64_t count = std::min(kBlockChunk, numbers - first);
+    unpack_chunk<Block>(p, count, chunk);
+    for (std::int64_t g = 0; g < count / Block::group; ++g) {
+      for (int i = 0; i < Block::group; ++i) {
+        out[first + g * Block::group + i] =
+            chunk.scales[g] * static_cast<float>(chunk.codes[g * Block::group + i]) - chunk.minima[g];
+      }
+    }
+    p += count / Block::numbers * Block::bytes;
+  }
+}
+
+inline void widen_blocks(GgmlType type, const std::byte* blocks, std::int64_t numbers, float* out) {
+  with_block(type, [&](auto block) {
+    widen_chunks<decltype(block)>(reinterpret_cast<const std::uint8_t*>(blocks), numbers, out);
+  });
+}
+
+/// Bytes, scales per 32 and sums per 16 of `count` numbers, a multiple of 32.
+inline void quantise_activations(const float* x, std::int64_t count, std::int8_t* bytes, float* scales, float* sums) {
+  for (std::int64_t at = 0; at < count; at += kActivationGroup) {
+    const float largest = largest_magnitude(x + at, kActivationGroup);
+    const bool finite = largest <= std::numeric_limits<float>::max();
+    const float scale = finite ? largest / 127.0F : std::numeric_limits<float>::quiet_NaN();
+    scales[at / kActivationGroup] = scale;
+    alignas(64) float divisors[kActivationGroup];
+    alignas(64) float numbers[kActivationGroup];
+    for (int i = 0; i < kActivationGroup; ++i) {
+      divisors[i] = finite && scale > 0 ? scale : 1.0F;
+      numbers[i] = finite && scale > 0 ? x[at + i] : 0.0F;
+    }
+    to_bytes(numbers, divisors, kActivationGroup, 0, reinterpret_cast<std::uint8_t*>(bytes + at));
+    for (int half = 0; half < 2; ++half) {
+      int sum = 0;
+      for (int i = 0; i < 16; ++i) sum += bytes[at + half * 16 + i];
+      sums[at / 16 + half] = scale * static_cast<float>(sum);
+    }
+  }
+}
