@@ -150,6 +150,11 @@ void read_smollm3(const ConfigReader& reader, ModelConfig& config) {
   read_windows(reader, config, [&](std::int64_t layer) { return rotated[static_cast<std::size_t>(layer)] == 0; });
 }
 
+/// Values that published Gemma 3 files with a vision part leave out.
+constexpr std::string_view kGemma3Defaults =
+    R"({"vocab_size":262208,"num_attention_heads":8,"num_key_value_heads":4,"head_dim":256,)"
+    R"("max_position_embeddings":131072,"rms_norm_eps":1e-6,"sliding_window":4096})";
+
 constexpr std::array kArchitectures{
     Architecture{.info = {"llama", "LlamaForCausalLM", "Llama 2, 3, 3.1, 3.2; SmolLM, SmolLM2; TinyLlama", ""},
                  .read = read_llama},
@@ -179,7 +184,7 @@ constexpr std::array kArchitectures{
                  .tied_head = true,
                  .head_dim = 256,
                  .activation = "gelu_pytorch_tanh"},
-    Architecture{.info = {"gemma3_text", "Gemma3ForCausalLM", "Gemma 3 270M, 1B, text parts of larger ones",
+    Architecture{.info = {"gemma3_text", "Gemma3ForCausalLM", "Gemma 3 270M, 1B; the text part of the others (gemma3)",
                           "as gemma2 without caps, with norms of queries and keys, five local layers per global one, "
                           "each kind with its rotary base"},
                  .read = read_gemma3,
@@ -205,6 +210,19 @@ std::string supported() {
 }
 
 }  // namespace
+
+Json text_config(const Json& json, std::string_view name) {
+  if (!json.is_object() || !json.contains("text_config") || !json["text_config"].is_object()) return json;
+  if (get_or<std::string>(json, "model_type", name, "") != "gemma3") return json;
+  Json text = Json::parse(kGemma3Defaults);
+  for (const char* key : {"bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config"}) {
+    if (json.contains(key)) text[key] = json[key];
+  }
+  for (const auto& [key, value] : json["text_config"].items()) text[key] = value;
+  text["model_type"] = "gemma3_text";
+  text.erase("architectures");
+  return text;
+}
 
 const Architecture& find_architecture(const ConfigReader& reader) {
   const auto type = reader.value<std::string>("model_type");

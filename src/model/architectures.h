@@ -22,6 +22,10 @@ struct Architecture {
 /// Throws Error that names an unknown model_type or class and lists those there are.
 const Architecture& find_architecture(const ConfigReader& reader);
 
+/// The configuration of the text part of a model that also reads images, with what such files leave to their readers;
+/// any other configuration as it is.
+Json text_config(const Json& json, std::string_view name);
+
 /// Reads `rope_scaling`, `rope_parameters` and what stands beside them. `theta` is the default. Throws Error for types
 /// that are not supported.
 void read_rope(const ConfigReader& reader, double theta, ModelConfig& config);

@@ -181,7 +181,8 @@ std::int64_t read_head_dim(const ConfigReader& reader, const Architecture& archi
 }  // namespace
 
 ModelConfig read_config(const Json& json, std::string_view name) {
-  const ConfigReader reader(json, std::string(name));
+  const Json text = text_config(json, name);
+  const ConfigReader reader(text, std::string(name));
   const Architecture& architecture = find_architecture(reader);
   require(reader.find("quantization_config") == nullptr,
           "{}: 'quantization_config' is set, which is not supported; expected null", name);

@@ -88,8 +88,8 @@ class TensorSource {
                                          std::int64_t of, std::int64_t columns) = 0;
   /// A tensor of one axis as floats.
   virtual std::vector<float> vector(const std::string& tensor, std::int64_t size) = 0;
-  /// Throws Error for a tensor that nobody asked for and that `harmless` does not name: it would be left out of the
-  /// computation in silence.
+  /// Throws Error for a tensor that nobody asked for and whose name begins with none of `harmless`: it would be left
+  /// out of the computation in silence.
   virtual void check_all_used(std::span<const std::string> harmless) const = 0;
 };
 

@@ -76,7 +76,8 @@ class SafetensorsSource final : public TensorSource {
   void check_all_used(std::span<const std::string> harmless) const override {
     for (const auto& [name, file] : by_name_) {
       const bool known = used_.contains(name) || name.ends_with(".rotary_emb.inv_freq") ||
-                         std::find(harmless.begin(), harmless.end(), name) != harmless.end();
+                         std::any_of(harmless.begin(), harmless.end(),
+                                     [&](const std::string& start) { return name.starts_with(start); });
       require(known, "{}: tensor '{}' has no place in the model that config.json describes", files_[file].name(), name);
     }
   }

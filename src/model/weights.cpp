@@ -10,19 +10,33 @@ namespace {
 
 class Loader {
  public:
-  Loader(TensorSource& source, const ModelConfig& config) : source_(source), config_(config) {}
+  Loader(TensorSource& source, const ModelConfig& config) : source_(source), config_(config) {
+    // Models that also read images keep the text part under another name.
+    for (const std::string_view other : {"language_model.model.", "model.language_model."}) {
+      if (source.has(std::string(other) + "embed_tokens.weight")) {
+        root_ = other;
+        if (other.starts_with("language_model.")) head_ = "language_model.lm_head.weight";
+      }
+    }
+  }
 
   Weights load() {
     Weights weights;
     const std::int64_t hidden = config_.hidden_size;
-    weights.embedding = matrix("model.embed_tokens.weight", config_.vocab_size, hidden);
+    weights.embedding = matrix(root_ + "embed_tokens.weight", config_.vocab_size, hidden);
     for (std::int64_t i = 0; i < config_.layers; ++i) weights.layers.push_back(load_layer(i));
-    weights.norm = norm("model.norm.weight", hidden);
+    weights.norm = norm(root_ + "norm.weight", hidden);
     std::vector<std::string> harmless;
     if (config_.tied_head) {
-      harmless.emplace_back("lm_head.weight");
+      harmless.push_back(head_);
     } else {
-      weights.head = matrix("lm_head.weight", config_.vocab_size, hidden);
+      weights.head = matrix(head_, config_.vocab_size, hidden);
+    }
+    if (root_ != kRoot) {
+      for (const char* part : {"vision_tower.", "multi_modal_projector."}) {
+        harmless.emplace_back(part);
+        harmless.push_back(std::string("model.") + part);
+      }
     }
     source_.check_all_used(harmless);
     return weights;
@@ -44,7 +58,7 @@ class Loader {
   }
 
   LayerWeights load_layer(std::int64_t index) {
-    const std::string prefix = fmt::format("model.layers.{}.", index);
+    const std::string prefix = fmt::format("{}layers.{}.", root_, index);
     const std::int64_t hidden = config_.hidden_size;
     LayerWeights layer;
     layer.attention_norm = norm(prefix + "input_layernorm.weight", hidden);
@@ -136,8 +150,11 @@ class Loader {
     }
   }
 
+  static constexpr std::string_view kRoot = "model.";
   TensorSource& source_;
   const ModelConfig& config_;
+  std::string root_{kRoot};
+  std::string head_ = "lm_head.weight";
 };
 
 std::size_t bytes_of(const FeedForwardWeights& part) {

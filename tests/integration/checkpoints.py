@@ -50,9 +50,19 @@ class Checkpoint:
         self.shift = seed % 7
         family = case.pop("family", "Llama")
         torch.manual_seed(seed)
-        config_class = getattr(transformers, family.replace("Gemma3", "Gemma3Text") + "Config")
-        model_class = getattr(transformers, family + "ForCausalLM")
-        self.config = config_class(**{**BASE, **case}, attn_implementation="eager")
+        if family == "Gemma3Vision":
+            model_class = transformers.Gemma3ForConditionalGeneration
+            text = transformers.Gemma3TextConfig(**{**BASE, **case})
+            vision = transformers.SiglipVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                                     num_attention_heads=2, image_size=28, patch_size=14)
+            self.config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4,
+                                                    bos_token_id=BOS, eos_token_id=EOS, image_token_index=263,
+                                                    boi_token_index=261, eoi_token_index=262,
+                                                    attn_implementation="eager")
+        else:
+            config_class = getattr(transformers, family.replace("Gemma3", "Gemma3Text") + "Config")
+            model_class = getattr(transformers, family + "ForCausalLM")
+            self.config = config_class(**{**BASE, **case}, attn_implementation="eager")
         model = model_class(self.config).to(storage)
         for name, parameter in model.named_parameters():
             if "norm" in name:  # Gemma multiplies by 1 + weight

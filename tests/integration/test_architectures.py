@@ -50,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
                       "rope_parameters": {
                           "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                           "sliding_attention": {"rope_type": "default", "rope_theta": 5e3}}},
+    "gemma3-with-vision": {"family": "Gemma3Vision", "head_dim": 24, "tie_word_embeddings": True, "sliding_window": 64,
+                           "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "phi3": {"family": "Phi3", "sliding_window": 90, "pad_token_id": 0},
     "phi3-longrope": {"family": "Phi3", "pad_token_id": 0, "original_max_position_embeddings": 210,
                       **scaled("longrope", **LONG)},

@@ -116,6 +116,24 @@ TEST(ArchitecturesTest, Gemma) {
   EXPECT_EQ(three.attention_softcap, 0);
 }
 
+TEST(ArchitecturesTest, GemmaWithVision) {
+  // As published: most of the text part is left to the reader.
+  const ModelConfig config = model::read_config(
+      Json::parse(R"({"model_type":"gemma3","architectures":["Gemma3ForConditionalGeneration"],"eos_token_id":[1,106],
+    "text_config":{"hidden_size":2560,"intermediate_size":10240,"model_type":"gemma3_text","num_hidden_layers":34,
+    "rope_scaling":{"factor":8.0,"rope_type":"linear"},"sliding_window":1024},"vision_config":{"hidden_size":1152}})"),
+      "c.json");
+  EXPECT_EQ(config.vocab_size, 262208);
+  EXPECT_EQ(config.q_heads, 8);
+  EXPECT_EQ(config.kv_heads, 4);
+  EXPECT_EQ(config.head_dim, 256);
+  EXPECT_EQ(config.rope.factor, 8);
+  EXPECT_EQ(config.layer(0).window, 1024);
+  EXPECT_EQ(config.layer(5).window, 0);
+  EXPECT_EQ(config.eos_tokens.size(), 2U);
+  EXPECT_TRUE(config.tied_head);
+}
+
 TEST(ArchitecturesTest, Phi) {
   const ModelConfig config = read("phi3", R"({"sliding_window":2047,"partial_rotary_factor":0.5,
     "original_max_position_embeddings":1024,"rope_scaling":{"type":"su","short_factor":[1,1,1,1],
