@@ -9,8 +9,10 @@
 // form=staged: the keys between sinks and window are cut into chunks; stage by stage the best chunks by binary search
 // (score/refine.h) are cut into smaller ones. `stages` lists chunk sizes and, behind a colon, how many keys are let in;
 // `keep` keys leave the last one. Queries are represented by means of four neighbours, in the last stage by themselves.
-// At 32k the last stage scores a fifth of what dense attention computes; its cost only grows with the number of
-// queries, so that the form is meant for 128k and more.
+// With the defaults a full tile searches 974 chunks of 32 keys with 16 means and 1,024 chunks of 8 with 64 queries,
+// about 9 and 4.5 keys each: 17% of what dense attention multiplies at 32k, at its speed. From there on a tile costs
+// the same at any length: selection takes 21% of dense at 32k, 17% at 64k and 10% at 128k (the tree 8% at 32k, 4% at
+// 128k).
 //
 // Decoding: the lists of the tree, or of every stage, are kept and made anew once `refresh` tokens have come; a new
 // list renews those after it. Keys that have left the window since the first list was made are attended to meanwhile.
