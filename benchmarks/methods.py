@@ -5,7 +5,9 @@
 
 Selectors run a prefill (or a decoding step) of generated heads through `tessera bench attention`: share of the pairs that
 is computed, share of dense attention's time that choosing and running take, error against dense attention. Caches run the embedded model through
-`tessera run` on the demo's document: what they hold after the prompt, and how fast they decode beside the dense cache.
+`tessera run` on the demo's document: what they hold after the prompt, and how fast they decode beside the dense cache;
+the error is what they cost in bits per byte when `tessera eval` has them decode stretches of the document (`--stretch`
+tokens, of which the last are decoded) behind a dense prefill.
 
 `duo` and `razor` are dense without a file that classes heads: here `tessera tune razor` writes one for the embedded
 model, for both; generated heads have one of two kv heads that streams.
@@ -43,7 +45,7 @@ def selectors(options):
     return rows
 
 
-CACHES = ("dense", "tidaldecode:budget=512,reselect_layer=3", "delta:full_layers=0-1,pages=32", "quest", "snapkv", "h2o",
+CACHES = ("dense", "tidaldecode:budget=512,select_layer=1", "delta:full_layers=0-1,pages=32", "quest", "snapkv", "h2o",
           "duo", "razor", "moa", "think", "mustafar", "zipcache")  # fmt: skip
 
 
@@ -105,20 +107,27 @@ def bench_selectors(options, folder):
 
 def bench_caches(options, folder):
     files = heads_of_model(options, folder) if any(options.only in spec for spec in ("duo", "razor")) else {}
-    print(f"\n{'cache':<42}{'MB held':>9}{'rows kept':>11}{'decode tokens/s':>17}")
+    print(f"\n{'cache':<42}{'MB held':>9}{'rows kept':>11}{'tokens/s':>10}{'of dense':>10}{'bits/byte - dense':>19}")
+    dense_speed = None
     document = max((ROOT / "examples" / "documents").iterdir(), key=lambda path: path.stat().st_size)
     for spec in CACHES:
-        if options.only not in spec:
+        if spec != "dense" and options.only not in spec:
             continue
-        command = [options.binary, "run", "--model", str(MODEL), "--prompt", str(document),
-                   "--decode-method", files.get(spec, spec), "-n", "128", "--threads", str(options.threads), "--json"]  # fmt: skip
+        method = files.get(spec, spec)
+        command = [options.binary, "run", "--model", str(MODEL), "--prompt", str(document), "--decode-method", method,
+                   "-n", "128", "--threads", str(options.threads), "--json"]  # fmt: skip
+        text = [options.binary, "eval", "--model", str(MODEL), "--tasks", "perplexity", "--text", str(document), "--phase",
+                "decode", "--lengths", str(options.stretch), "--samples", "3", "--threads", str(options.threads), "--json",
+                "--methods", "dense" if spec == "dense" else f"dense,{method}"]  # fmt: skip
         try:
             row = run_json(command)
-        except RuntimeError as error:
-            print(f"{spec:<42}  {error}", flush=True)
+            error = run_json(text)["results"][-1]["difference"]["mean"]
+        except RuntimeError as problem:
+            print(f"{spec:<42}  {problem}", flush=True)
             continue
-        print(f"{spec:<42}{row['cache_mb']:>9.1f}{row['cache_tokens_kept']:>11.0f}{row['decode_tokens_per_s']:>17.1f}",
-              flush=True)  # fmt: skip
+        dense_speed = dense_speed or row["decode_tokens_per_s"]
+        print(f"{spec:<42}{row['cache_mb']:>9.1f}{row['cache_tokens_kept']:>11.0f}{row['decode_tokens_per_s']:>10.1f}"
+              f"{row['decode_tokens_per_s'] / dense_speed:>10.2f}{error:>19.4f}", flush=True)  # fmt: skip
 
 
 def main():
@@ -127,10 +136,13 @@ def main():
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--len", type=int, default=8192, help="tokens of the prefill cases; decoding has four times as many")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--stretch", type=int, default=6144, help="tokens of a stretch of text for the caches' error")
+    parser.add_argument("--caches", action="store_true", help="the caches only")
     parser.add_argument("--only", default="", help="methods whose SPEC contains this text")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        bench_selectors(options, pathlib.Path(folder))
+        if not options.caches:
+            bench_selectors(options, pathlib.Path(folder))
         bench_caches(options, pathlib.Path(folder))
 
 

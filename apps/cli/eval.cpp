@@ -166,7 +166,7 @@ class Evaluation {
   EvaluationResult measure_text(Session& session, const EvaluationPoint& point) const {
     const std::span<const std::byte> bytes = text_->bytes();
     return eval::measure_perplexity(session, {reinterpret_cast<const char*>(bytes.data()), bytes.size()}, point.length,
-                                    point.sample);
+                                    eval::decoded_tokens(phase_, point.length), point.sample);
   }
 
   EvaluationResult ask(Session& session, const Model& model, const EvaluationPoint& point) const {
@@ -256,7 +256,9 @@ void add_eval(CLI::App& app) {
   command->add_option("--samples", options->samples, "Samples per task and length")->capture_default_str();
   command->add_option("--seed", options->seed, "Seed of the first sample; the next ones follow")->capture_default_str();
   command->add_flag("--question-first", options->question_first, "The question stands before the text too");
-  command->add_option("--text", options->text, "Text of the task perplexity: bits per byte of stretches of it");
+  command->add_option(
+      "--text", options->text,
+      "Text of the task perplexity: bits per byte of stretches of it, with a decoding phase of their ends");
   command->add_option("--state", options->state,
                       "File that keeps every result as it comes; a run that was ended goes on from it");
   command->add_option("--kv-dtype", options->kv_dtype, "f32, bf16, f16 or i8")->capture_default_str();

@@ -114,19 +114,39 @@ EvaluationResult ask(Session& session, const TaskInfo& task, const TaskSample& s
   return result;
 }
 
-EvaluationResult measure_perplexity(Session& session, std::string_view text, std::int64_t tokens, std::int64_t sample) {
+std::int64_t decoded_tokens(EvaluationPhase phase, std::int64_t tokens) {
+  constexpr std::int64_t most = 256;
+  return phase == EvaluationPhase::prefill ? 0 : std::clamp<std::int64_t>(tokens / 4, 1, most);
+}
+
+EvaluationResult measure_perplexity(Session& session, std::string_view text, std::int64_t tokens, std::int64_t decoded,
+                                    std::int64_t sample) {
   session.reset();
-  const std::vector<std::int32_t> all = session.model().encode(text);
+  const Model& model = session.model();
+  const std::vector<std::int32_t> all = model.encode(text);
   const std::int64_t first = sample * tokens;
-  require(first + tokens <= static_cast<std::int64_t>(all.size()),
-          "the text has {} tokens; sample {} of {} tokens needs {}", all.size(), sample, tokens, first + tokens);
-  GenerateOptions options;
-  options.max_tokens = 0;
-  options.bits_per_byte = true;
-  const Generation generation = generate(
-      session, std::span(all).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(tokens)), options);
+  require(first + tokens <= std::ssize(all), "the text has {} tokens; sample {} of {} tokens needs {}", all.size(),
+          sample, tokens, first + tokens);
+  require(decoded >= 0 && decoded < tokens, "{} of {} tokens are to be decoded; expected fewer than all", decoded,
+          tokens);
+  const auto stretch = std::span(all).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(tokens));
   EvaluationResult result;
-  result.score = generation.bits_per_byte.value_or(0);
+  if (decoded == 0) {
+    GenerateOptions options;
+    options.max_tokens = 0;
+    options.bits_per_byte = true;
+    result.score = generate(session, stretch, options).bits_per_byte.value_or(0);
+  } else {
+    double bits = 0;
+    std::size_t bytes = 0;
+    std::span<const float> logits = session.prefill(stretch.first(static_cast<std::size_t>(tokens - decoded)));
+    for (const std::int32_t token : stretch.last(static_cast<std::size_t>(decoded))) {
+      bits += bits_of(logits, token);
+      bytes += model.decode(std::span(&token, 1)).size();
+      logits = session.decode(token);
+    }
+    result.score = bytes > 0 ? bits / static_cast<double>(bytes) : 0;
+  }
   note_session(session, result);
   return result;
 }

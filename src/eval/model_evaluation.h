@@ -48,9 +48,13 @@ struct EvaluationResult {
 /// Asks one question. The session is reset before it. Throws Error when the prompt exceeds the session.
 EvaluationResult ask(Session& session, const TaskInfo& task, const TaskSample& sample);
 
-/// Bits per byte of the first `tokens` tokens of the text (sample 0), or of the following stretches of that length.
-/// Throws Error when the text ends before.
-EvaluationResult measure_perplexity(Session& session, std::string_view text, std::int64_t tokens, std::int64_t sample);
+/// Bits per byte of the first `tokens` tokens of the text (sample 0), or of the following stretches of that length;
+/// with `decoded` > 0 of the last so many of them, which are decoded one by one behind a prompt of the others. Throws
+/// Error when the text ends before.
+EvaluationResult measure_perplexity(Session& session, std::string_view text, std::int64_t tokens, std::int64_t decoded,
+                                    std::int64_t sample);
+/// How many tokens of a stretch are decoded: none where the method works in prefill only, else a quarter, at most 256.
+std::int64_t decoded_tokens(EvaluationPhase phase, std::int64_t tokens);
 
 /// All samples of a (task, length, method) together.
 struct EvaluationSummary {

@@ -148,9 +148,17 @@ TEST_F(RandomBytes, PerplexityIsTheCodeLengthOfAStretch) {
     const auto logits = random_.forward(tokens_of(part));
     double sum = 0;
     for (std::size_t i = 1; i < part.size(); ++i) sum += bits(logits[i - 1], part[i]);
-    EXPECT_NEAR(measure_perplexity(*session_, text, 20, sample).score, sum / 19, 1e-4);
+    EXPECT_NEAR(measure_perplexity(*session_, text, 20, 0, sample).score, sum / 19, 1e-4);
+    double last = 0;
+    for (std::size_t i = 15; i < part.size(); ++i) last += bits(logits[i - 1], part[i]);
+    EXPECT_NEAR(measure_perplexity(*session_, text, 20, 5, sample).score, last / 5, 1e-4) << "decoded one by one";
+    EXPECT_EQ(session_->statistics().prefill_tokens, 15);
   }
-  EXPECT_THROW(measure_perplexity(*session_, text, 20, 2), Error) << "the text ends";
+  EXPECT_THROW(measure_perplexity(*session_, text, 20, 0, 2), Error) << "the text ends";
+  EXPECT_THROW(measure_perplexity(*session_, text, 20, 20, 0), Error) << "no prompt is left";
+  EXPECT_EQ(decoded_tokens(EvaluationPhase::prefill, 4096), 0);
+  EXPECT_EQ(decoded_tokens(EvaluationPhase::both, 4096), 256);
+  EXPECT_EQ(decoded_tokens(EvaluationPhase::decode, 20), 5);
 }
 
 }  // namespace
