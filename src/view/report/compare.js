@@ -121,6 +121,9 @@ const columns = [
   ["above chance", (row) => row.quality?.chance_corrected],
   ["selection / dense", (row) => row.selection_share], ["kernel ms", (row) => row.kernel_ms],
   ["predicted ms", (row) => row.predicted_ms], ["measured / predicted", (row) => row.kernel_ms / row.predicted_ms],
+  ["Kinetics ms", (row) => row.kinetics_ms], ["measured / Kinetics", (row) => row.kernel_ms / row.kinetics_ms],
+  ["simulated density", (row) => row.simulated?.executed_density],
+  ["simulated - executed, %", (row) => row.simulated ? 100 * row.simulated.deviation : null],
   ["dense ms", (row) => row.dense_ms], ["speed-up", (row) => row.speed_up],
 ];
 

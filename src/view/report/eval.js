@@ -148,6 +148,8 @@ makeTable("rows", [
   ["high", (row) => row.score.high], ["to dense", (row) => row.difference?.mean],
   ["to dense, low", (row) => row.difference?.low], ["to dense, high", (row) => row.difference?.high],
   ["gold bits", (row) => row.gold_bits], ["density", (row) => row.density], ["prefill ms", (row) => row.prefill_ms],
-  ["decode ms", (row) => row.decode_ms], ["cache MB", (row) => row.cache_mb],
+  ["measured / predicted", (row) => row.predicted_prefill_ms ? row.prefill_ms / row.predicted_prefill_ms : null],
+  ["decode ms", (row) => row.decode_ms],
+  ["decode / predicted", (row) => row.predicted_decode_ms ? row.decode_ms / row.predicted_decode_ms : null], ["cache MB", (row) => row.cache_mb],
 ], rows);
 document.body.dataset.ready = "true";

@@ -91,7 +91,7 @@ function paint(pane) {
   const pooled = method?.pooled?.[l];
   const corrected = method?.corrected?.[l];
   const shaded = element("shade-choice").value === "both";
-  const darkness = Float32Array.from(palette, (_, byte) => shaded ? 1 - 0.86 * share(byte) ** 1.6 : 1);
+  const darkness = Float32Array.from(palette, (_, byte) => shaded ? 1 - 0.82 * share(byte) ** 1.9 : 1);
   for (let y = 0, out = 0; y < pixels; ++y) {
     for (let x = 0; x < pixels; ++x, out += 4) {
       const at = xs[x] < 0 || ys[y] < 0 ? -1 : ys[y] * columns + xs[x];
