@@ -8,7 +8,7 @@ const specs = report.methods.map((method) => method.spec);
 // Kept, skipped, pooled, corrected: told apart by lightness and by blue against yellow, which all eyes see; pooled cells
 // are dotted and corrected ones hatched as well.
 const classes = [
-  ["kept", [86, 160, 225]], ["skipped", [232, 232, 232]], ["pooled", [248, 196, 62]], ["corrected", [196, 104, 164]],
+  ["kept", [86, 160, 225]], ["skipped", [232, 232, 232]], ["pooled", [248, 196, 62]], ["corrected", [170, 80, 110]],
 ];
 const colourOf = Object.fromEntries(classes);
 const outside = [255, 255, 255];
