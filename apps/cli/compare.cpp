@@ -90,6 +90,14 @@ OrderedJson to_json(const eval::SelectionQuality& quality) {
           {"estimator_loss", quality.estimator_loss()}};
 }
 
+/// The prediction of the neighbourhood simulator beside what was measured; null without one.
+OrderedJson simulation_of(const MethodMeasurement& row) {
+  if (!row.simulated_density) return {};
+  return {{"executed_density", *row.simulated_density},
+          {"speed_up", 1 / *row.simulated_density},
+          {"deviation", *row.simulated_density / row.executed_density - 1}};
+}
+
 OrderedJson to_json(const CaseName& name, const std::string& base, const MethodMeasurement& row) {
   return {{"data", name.data},
           {"len", name.tokens},
@@ -107,6 +115,8 @@ OrderedJson to_json(const CaseName& name, const std::string& base, const MethodM
           {"kernel_ms", row.kernel_ms},
           {"dense_ms", row.dense_ms},
           {"predicted_ms", row.predicted_ms},
+          {"kinetics_ms", row.kinetics_ms},
+          {"simulated", simulation_of(row)},
           {"selection_share", row.selection_share()},
           {"speed_up", row.speed_up()},
           {"error", to_json(row.error)},

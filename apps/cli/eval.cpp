@@ -11,10 +11,12 @@
 
 #include "command.h"
 #include "core/error.h"
+#include "core/parallel.h"
 #include "eval/comparison.h"
 #include "eval/model_evaluation.h"
 #include "io/atomic_file.h"
 #include "io/mapped_file.h"
+#include "kernels/peak.h"
 #include "support/csv.h"
 #include "support/number_list.h"
 #include "support/progress.h"
@@ -57,7 +59,7 @@ OrderedJson to_json(const eval::Estimate& estimate) {
   return {{"mean", estimate.mean}, {"low", estimate.low}, {"high", estimate.high}};
 }
 
-OrderedJson to_json(const EvaluationSummary& summary) {
+OrderedJson to_json(const EvaluationSummary& summary, const std::optional<eval::PredictedTimes>& predicted) {
   const auto optional = [](const auto& value, const auto& convert) { return value ? convert(*value) : OrderedJson(); };
   return {{"task", summary.task},
           {"len", summary.length},
@@ -69,7 +71,12 @@ OrderedJson to_json(const EvaluationSummary& summary) {
           {"density", summary.density},
           {"prefill_ms", summary.prefill_ms},
           {"decode_ms", summary.decode_ms},
-          {"cache_mb", summary.cache_mb}};
+          {"cache_mb", summary.cache_mb},
+          {"prompt_tokens", summary.prompt_tokens},
+          {"decode_tokens", summary.decode_tokens},
+          {"kept_tokens", summary.kept_tokens},
+          {"predicted_prefill_ms", predicted ? OrderedJson(predicted->prefill_ms) : OrderedJson()},
+          {"predicted_decode_ms", predicted ? OrderedJson(predicted->decode_ms) : OrderedJson()}};
 }
 
 /// The tasks, "perplexity" among them where asked for.
@@ -98,12 +105,16 @@ class Evaluation {
         lengths_(number_list("--lengths", options.lengths, 0, 1 << 24)),
         specs_(eval::split_specs(options.methods)),
         phase_(eval::phase_from_name(options.phase)),
-        log_(options.state, identity_of(options)) {
+        log_(options.state, identity_of(options)),
+        isa_(run_options_of(options.run).isa.value_or(default_isa())) {
     for (const std::string& spec : specs_) session_options(spec);  // a mistake is found before the work starts
   }
 
   void run() {
     const Model model = Model::load(options_.model, options_.run.threads);
+    config_ = model.config();
+    const int threads = thread_count(options_.run.threads);
+    rates_ = {kernels::measure_peak_gflops(isa_, DType::f32, threads), kernels::measure_read_bandwidth(threads)};
     if (!options_.text.empty()) text_.emplace(options_.text);
     const double total =
         static_cast<double>(tasks_.size() * lengths_.size() * specs_.size()) * static_cast<double>(options_.samples);
@@ -130,8 +141,15 @@ class Evaluation {
                          {"model", options_.model},
                          {"phase", options_.phase},
                          {"complete", !interrupted()}};
+    document["isa"] = name_of(isa_);
+    document["threads"] = thread_count(options_.run.threads);
+    document["peak_gflops"] = rates_.gflops;
+    document["peak_gbps"] = rates_.gbps;
     document["results"] = OrderedJson::array();
-    for (const EvaluationSummary& summary : eval::summarise(results_)) document["results"].push_back(to_json(summary));
+    for (const EvaluationSummary& summary : eval::summarise(results_)) {
+      document["results"].push_back(to_json(
+          summary, eval::predicted_times(summary, config_, size_of(dtype_from_name(options_.kv_dtype)), rates_)));
+    }
     return document;
   }
 
@@ -185,6 +203,9 @@ class Evaluation {
   std::vector<std::string> specs_;
   EvaluationPhase phase_;
   ResultLog log_;
+  Isa isa_;
+  ModelConfig config_;
+  eval::MachineRates rates_;  ///< of float32 products, as the matrices of the model take them
   std::optional<MappedFile> text_;
   std::vector<EvaluationResult> results_;
   ProgressLine progress_;

@@ -9,6 +9,7 @@
 
 #include "core/error.h"
 #include "eval/side_inputs.h"
+#include "methods/neighborhood_parameters.h"
 
 namespace tessera::eval {
 
@@ -105,6 +106,14 @@ MethodMeasurement Comparison::measure(const std::string& spec) const {
   result.kernel_ms = median(kernel_ms);
   result.dense_ms = median(dense_ms);
   result.predicted_ms = predicted_milliseconds(statistics, size_of(dtype), options_.rates);
+  result.kinetics_ms = Cost{result.flops, result.kv_bytes}.milliseconds(options_.rates);
+  if (info.name == "gna") {
+    if (const auto simulated = simulate_call(problem_, result.parameters)) {
+      const auto heads = static_cast<double>(problem_.batch * problem_.q_heads);
+      result.simulated_density =
+          static_cast<double>(simulated->visited_pairs) * heads / static_cast<double>(statistics.allowed_pairs);
+    }
+  }
   result.error =
       compare_outputs(view_of(o.data(), dtype, shape), lse, view_of(dense_o_.data(), dtype, shape), dense_lse_);
   if (method->runs_its_plan() && plan.sources.size() == 1) {

@@ -8,17 +8,12 @@
 #include <string>
 #include <vector>
 
+#include "eval/cost_model.h"
 #include "eval/selection_quality.h"
 #include "tessera/eval.h"
 #include "tessera/method.h"
 
 namespace tessera::eval {
-
-/// Rates of the machine that predict times; 0: no prediction.
-struct MachineRates {
-  double gflops = 0;  ///< of the products, in the dtype of the call
-  double gbps = 0;    ///< reads from memory
-};
 
 /// One method at one setting.
 struct MethodMeasurement {
@@ -35,7 +30,10 @@ struct MethodMeasurement {
   double kernel_ms = 0;
   double dense_ms = 0;      ///< in turns with the two
   double predicted_ms = 0;  ///< of the kernel: roofline over the executed pairs
-  OutputError error;        ///< against dense attention of the same kernels and dtype
+  double kinetics_ms = 0;   ///< of the kernel: operations plus the price of the bytes (cost_model.h)
+  /// What the neighbourhood simulator says that the executed density is; of `gna` where it models the call.
+  std::optional<double> simulated_density;
+  OutputError error;  ///< against dense attention of the same kernels and dtype
   /// Absent where outputs are not those of the plan's raw keys alone: corrections, branches, pooled keys.
   std::optional<SelectionQuality> quality;
 

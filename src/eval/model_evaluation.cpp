@@ -67,6 +67,8 @@ void note_session(const Session& session, EvaluationResult& result) {
   result.prefill_ms = statistics.prefill_ms;
   result.decode_ms = statistics.decode_ms;
   result.prompt_tokens = statistics.prefill_tokens;
+  result.decode_tokens = statistics.decode_tokens;
+  result.kept_tokens = session.cache_tokens_kept();
   result.cache_mb = static_cast<double>(session.cache_bytes()) / 1e6;
 }
 
@@ -151,6 +153,18 @@ EvaluationResult measure_perplexity(Session& session, std::string_view text, std
   return result;
 }
 
+std::optional<PredictedTimes> predicted_times(const EvaluationSummary& summary, const ModelConfig& config,
+                                              std::size_t bytes_per_element, const MachineRates& rates) {
+  if (summary.kept_tokens <= 0) return {};
+  const auto bytes = static_cast<double>(bytes_per_element);
+  const Decoding decoding{.context = summary.prompt_tokens,
+                          .generated = summary.decode_tokens,
+                          .bytes_per_element = bytes,
+                          .bytes_per_weight = sizeof(float)};
+  return PredictedTimes{prefill_cost(config, summary.prompt_tokens, summary.density, bytes).milliseconds(rates),
+                        decode_cost_top_k(config, decoding, summary.kept_tokens).milliseconds(rates)};
+}
+
 std::vector<EvaluationSummary> summarise(const std::vector<EvaluationResult>& results) {
   std::vector<EvaluationSummary> summaries;
   const auto same = [](const EvaluationSummary& summary, const EvaluationPoint& point) {
@@ -175,6 +189,9 @@ std::vector<EvaluationSummary> summarise(const std::vector<EvaluationResult>& re
       prefill.push_back(result.prefill_ms);
       decode.push_back(result.decode_ms);
       summary.density += result.density;
+      summary.prompt_tokens += static_cast<double>(result.prompt_tokens);
+      summary.decode_tokens += static_cast<double>(result.decode_tokens);
+      summary.kept_tokens += result.kept_tokens;
       summary.cache_mb = std::max(summary.cache_mb, result.cache_mb);
       bits += result.gold_bits.value_or(0);
       with_bits += result.gold_bits ? 1 : 0;
@@ -188,7 +205,9 @@ std::vector<EvaluationSummary> summarise(const std::vector<EvaluationResult>& re
     summary.score = bootstrap_mean(scores);
     if (!differences.empty()) summary.difference = bootstrap_mean(differences);
     if (with_bits > 0) summary.gold_bits = bits / with_bits;
-    summary.density /= static_cast<double>(scores.size());
+    const auto count = static_cast<double>(scores.size());
+    for (double* sum : {&summary.density, &summary.prompt_tokens, &summary.decode_tokens, &summary.kept_tokens})
+      *sum /= count;
     summary.prefill_ms = median(prefill);
     summary.decode_ms = median(decode);
   }

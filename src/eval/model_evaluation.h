@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "eval/bootstrap.h"
+#include "eval/cost_model.h"
 #include "eval/tasks/task.h"
 #include "tessera/model.h"
 
@@ -41,6 +42,8 @@ struct EvaluationResult {
   double prefill_ms = 0;
   double decode_ms = 0;
   std::int64_t prompt_tokens = 0;
+  std::int64_t decode_tokens = 0;
+  double kept_tokens = 0;  ///< in the cache at the end, mean over layers and heads
   double cache_mb = 0;
   std::string answer;
 };
@@ -70,7 +73,19 @@ struct EvaluationSummary {
   double prefill_ms = 0;  ///< medians
   double decode_ms = 0;
   double cache_mb = 0;
+  double prompt_tokens = 0;  ///< means
+  double decode_tokens = 0;
+  double kept_tokens = 0;
 };
+
+/// What the cost models say that the times of a summary are.
+struct PredictedTimes {
+  double prefill_ms = 0;  ///< prefill at the measured density
+  double decode_ms = 0;   ///< every step reads the weights and what the cache keeps
+};
+/// Weights are float32. Nothing for results of a log without counts of tokens.
+std::optional<PredictedTimes> predicted_times(const EvaluationSummary& summary, const ModelConfig& config,
+                                              std::size_t bytes_per_element, const MachineRates& rates);
 
 /// In the order in which tasks, lengths and methods first appear.
 std::vector<EvaluationSummary> summarise(const std::vector<EvaluationResult>& results);

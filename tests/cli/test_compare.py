@@ -6,7 +6,7 @@ import unittest
 from command_line import CommandLineTest, normal_tensor, safetensors_bytes
 
 ROW_KEYS = ["data", "len", "seed", "method", "spec", "params", "target_density", "density", "executed_density", "flops",
-            "dense_flops", "kv_bytes", "plan_ms", "kernel_ms", "dense_ms", "predicted_ms", "selection_share", "speed_up",
+            "dense_flops", "kv_bytes", "plan_ms", "kernel_ms", "dense_ms", "predicted_ms", "kinetics_ms", "simulated", "selection_share", "speed_up",
             "error", "quality"]  # fmt: skip
 
 
@@ -54,6 +54,21 @@ class CompareTest(CommandLineTest):
         text = page.read_text()
         self.assertIn("window:left=50", text)
         self.assertNotIn("http://", text.split("<script>")[0])
+
+    def test_cost_models_stand_beside_what_was_measured(self):
+        report = self.succeed_json("compare", "--data", "spatial", "--lengths", "1024", "--methods",
+                                   "gna:window=4x5x5,stride=1,streaming", "--densities", "", *self.small[:6],
+                                   "--repeats", "1")  # fmt: skip
+        gna, streaming = report["rows"]
+        self.assertIsNone(streaming["simulated"])
+        simulated = gna["simulated"]
+        self.assertAlmostEqual(simulated["executed_density"], gna["executed_density"], delta=0.15)
+        self.assertAlmostEqual(simulated["speed_up"] * simulated["executed_density"], 1)
+        self.assertAlmostEqual(simulated["deviation"], simulated["executed_density"] / gna["executed_density"] - 1)
+        for row in report["rows"]:
+            price = row["flops"] / report["peak_gflops"] / 1e6 + row["kv_bytes"] / report["peak_gbps"] / 1e6
+            self.assertAlmostEqual(row["kinetics_ms"] / price, 1)
+            self.assertGreaterEqual(row["kinetics_ms"], row["predicted_ms"])
 
     def test_captured_tensors(self):
         path = self.directory / "qkv.safetensors"

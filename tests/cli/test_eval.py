@@ -9,7 +9,8 @@ from command_line import CommandLineTest
 
 MODEL = pathlib.Path(__file__).resolve().parents[2] / "models" / "tessera-bytes"
 RESULT_KEYS = ["task", "len", "method", "samples", "score", "difference", "gold_bits", "density", "prefill_ms",
-               "decode_ms", "cache_mb"]  # fmt: skip
+               "decode_ms", "cache_mb", "prompt_tokens", "decode_tokens", "kept_tokens", "predicted_prefill_ms",
+               "predicted_decode_ms"]  # fmt: skip
 
 
 class EvalTest(CommandLineTest):
@@ -26,9 +27,13 @@ class EvalTest(CommandLineTest):
             self.assertEqual((row["len"], row["samples"]), (512, 2))
             self.assertTrue(0 <= row["score"]["low"] <= row["score"]["mean"] <= row["score"]["high"] <= 1)
             self.assertEqual(row["gold_bits"] is None, row["task"] == "passkey")
+            self.assertGreater(row["predicted_prefill_ms"], 0)
+            self.assertGreater(row["predicted_decode_ms"], 0)
+            self.assertAlmostEqual(row["kept_tokens"], row["prompt_tokens"] + row["decode_tokens"], delta=1)
         dense, window = report["results"][:2]
         self.assertEqual((dense["density"], dense["difference"]["mean"]), (1, 0))
         self.assertLess(window["density"], 0.2)
+        self.assertLess(window["predicted_prefill_ms"], dense["predicted_prefill_ms"])
 
     def test_phases(self):
         for phase, density in (("decode", 1), ("both", None)):

@@ -14,12 +14,20 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 Json to_json(const eval::EvaluationResult& result) {
-  return {{"task", result.point.task},     {"len", result.point.length},
-          {"method", result.point.method}, {"sample", result.point.sample},
-          {"score", result.score},         {"gold_bits", result.gold_bits ? Json(*result.gold_bits) : Json()},
-          {"density", result.density},     {"prefill_ms", result.prefill_ms},
-          {"decode_ms", result.decode_ms}, {"prompt_tokens", result.prompt_tokens},
-          {"cache_mb", result.cache_mb},   {"answer", result.answer}};
+  return {{"task", result.point.task},
+          {"len", result.point.length},
+          {"method", result.point.method},
+          {"sample", result.point.sample},
+          {"score", result.score},
+          {"gold_bits", result.gold_bits ? Json(*result.gold_bits) : Json()},
+          {"density", result.density},
+          {"prefill_ms", result.prefill_ms},
+          {"decode_ms", result.decode_ms},
+          {"prompt_tokens", result.prompt_tokens},
+          {"decode_tokens", result.decode_tokens},
+          {"kept_tokens", result.kept_tokens},
+          {"cache_mb", result.cache_mb},
+          {"answer", result.answer}};
 }
 
 eval::EvaluationResult from_json(const Json& json) {
@@ -31,6 +39,9 @@ eval::EvaluationResult from_json(const Json& json) {
   result.prefill_ms = json.at("prefill_ms");
   result.decode_ms = json.at("decode_ms");
   result.prompt_tokens = json.at("prompt_tokens");
+  // Logs of earlier versions lack these two.
+  result.decode_tokens = json.value("decode_tokens", std::int64_t{0});
+  result.kept_tokens = json.value("kept_tokens", 0.0);
   result.cache_mb = json.at("cache_mb");
   result.answer = json.at("answer");
   return result;

@@ -24,9 +24,8 @@
 
 #include "core/error.h"
 #include "core/parallel.h"
-#include "methods/axis_values.h"
+#include "methods/neighborhood_parameters.h"
 #include "methods/registry.h"
-#include "score/neighborhood_simulator.h"
 
 namespace tessera {
 namespace {
@@ -277,13 +276,7 @@ class MaskPool {
 
 class GeneralizedNeighborhood {
  public:
-  struct Params {
-    std::string window = "18x24x24";
-    std::string stride = "16x8x8";
-    std::string dilation = "1";
-    std::string causal = "0";
-    std::string tile_q = "0";
-    std::string tile_k = "0";
+  struct Params : NeighborhoodTexts {
     void visit(ParameterList& v) {
       v("window", window, "keys that a query sees on each axis, TxHxW, HxW or W; 0 or an axis not named: all");
       v("stride", stride, "queries in a row that share a window, per axis; at most the window");
@@ -304,19 +297,7 @@ class GeneralizedNeighborhood {
             .phases = {.prefill = true, .decode = true, .backward = true}};
   }
 
-  explicit GeneralizedNeighborhood(const Params& params)
-      : window_(axis_values("gna", "window", params.window, 0, 0)),
-        stride_(axis_values("gna", "stride", params.stride, 1, 1)),
-        dilation_(axis_values("gna", "dilation", params.dilation, 1, 1)),
-        causal_(axis_values("gna", "causal", params.causal, 0, 0)),
-        tile_q_(tile_shape("tile_q", params.tile_q)),
-        tile_k_(tile_shape("tile_k", params.tile_k)) {
-    for (int a = 0; a < 3; ++a) {
-      require(window_[a] == 0 || stride_[a] <= window_[a], "gna: stride is '{}'; expected at most the window '{}'",
-              params.stride, params.window);
-      require(causal_[a] <= 1, "gna: causal is '{}'; expected 0 or 1 for each axis", params.causal);
-    }
-  }
+  explicit GeneralizedNeighborhood(const Params& params) : parameters_(params) {}
 
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {
     const std::int64_t sequences = problem.variable_length() ? problem.batch : 1;
@@ -324,9 +305,9 @@ class GeneralizedNeighborhood {
     for (std::int64_t s = 1; s < sequences; ++s) {
       if (problem.kv_len_of(s) > problem.kv_len_of(longest)) longest = s;
     }
-    const score::TileShapes tiles = tiles_for(axes_of(problem, longest));
+    const score::TileShapes tiles = parameters_.tiles_for(parameters_.axes_of(problem, longest));
     const std::int64_t chosen = tiles.q[0] * tiles.q[1] * tiles.q[2];
-    const std::int64_t rows = tile_q_[0] != 0 || chosen >= kFewestRows ? chosen : kMostTileTokens / 2;
+    const std::int64_t rows = parameters_.names_query_tile() || chosen >= kFewestRows ? chosen : kMostTileTokens / 2;
     PlanBuilder builder(problem, rows, tiles.k[0] * tiles.k[1] * tiles.k[2], 1, sequences);
     MaskPool masks(builder);
     for (std::int64_t s = 0; s < sequences; ++s) add_rows(builder, masks, problem, s, tiles, context);
@@ -334,47 +315,10 @@ class GeneralizedNeighborhood {
   }
 
  private:
-  static Extent tile_shape(std::string_view name, const std::string& text) {
-    const Extent shape = axis_values("gna", name, text, text == "0" ? 0 : 1, 1);
-    if (text == "0") return {0, 0, 0};
-    std::int64_t tokens = 1;
-    for (const std::int64_t size : shape) {
-      require(size <= kMostTileTokens, "gna: {} is '{}'; expected at most {} tokens", name, text, kMostTileTokens);
-      tokens *= size;
-    }
-    require(tokens <= kMostTileTokens, "gna: {} is '{}', {} tokens; expected at most {}", name, text, tokens,
-            kMostTileTokens);
-    return shape;
-  }
-
-  score::Neighborhood axes_of(const Problem& problem, std::int64_t sequence) const {
-    const Extent extent = problem.grid_of(sequence).extent;
-    score::Neighborhood axes{};
-    for (int a = 0; a < 3; ++a) {
-      const std::int64_t window = window_[a] == 0 ? extent[a] : std::min(window_[a], extent[a]);
-      axes[a] = {.length = extent[a],
-                 .window = window,
-                 .stride = std::min(stride_[a], std::max<std::int64_t>(window, 1)),
-                 .dilation = dilation_[a],
-                 .causal = causal_[a] == 1};
-    }
-    if (problem.causal && extent[0] == 1 && extent[1] == 1) axes[2].causal = true;
-    return axes;
-  }
-
-  score::TileShapes tiles_for(const score::Neighborhood& axes) const {
-    score::TileShapes tiles{tile_q_, tile_k_};
-    if (tile_q_[0] != 0 && tile_k_[0] != 0) return tiles;
-    const score::TileShapes chosen = score::choose_tiles(axes, kMostTileTokens, kMostTileTokens);
-    if (tile_q_[0] == 0) tiles.q = chosen.q;
-    if (tile_k_[0] == 0) tiles.k = chosen.k;
-    return tiles;
-  }
-
   void add_rows(PlanBuilder& builder, MaskPool& masks, const Problem& problem, std::int64_t sequence,
                 const score::TileShapes& tiles, const PlanContext& context) const {
     constexpr std::int64_t rows_at_once = 256;
-    const Pattern pattern(problem, sequence, axes_of(problem, sequence), tiles);
+    const Pattern pattern(problem, sequence, parameters_.axes_of(problem, sequence), tiles);
     if (!score::is_identity(pattern.query_order())) builder.set_query_order(sequence, pattern.query_order());
     if (!score::is_identity(pattern.key_order())) builder.set_key_order(sequence, pattern.key_order());
     const std::int64_t queries = problem.q_len_of(sequence);
@@ -396,12 +340,7 @@ class GeneralizedNeighborhood {
     }
   }
 
-  Extent window_;
-  Extent stride_;
-  Extent dilation_;
-  Extent causal_;
-  Extent tile_q_;  ///< zeros: chosen
-  Extent tile_k_;
+  NeighborhoodParameters parameters_;
 };
 
 }  // namespace
