@@ -52,7 +52,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="8192,32768")
     parser.add_argument(
-        "--methods", default="dense;streaming:n_init=128,n_local=4096;oracle-topk:k=16;xattention:tau=0.9",
+        "--methods", default="dense;streaming:n_init=128,n_local=4096;moba:block_size=512,top_k=8;xattention:tau=0.9",
         help="SPECs, separated by semicolons",
     )  # fmt: skip
     parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))

@@ -30,7 +30,9 @@ void bind_problem(nb::module_& module) {
       .def_ro("prefix", &TokenGrid::prefix, "Text tokens before the grid.")
       .def_ro("suffix", &TokenGrid::suffix, "Text tokens after it.")
       .def_prop_ro("tokens", &TokenGrid::tokens, "All tokens: keys of a sequence.")
-      .def("__eq__", [](const TokenGrid& a, const TokenGrid& b) { return a == b; })
+      .def(
+          "__eq__", [](const TokenGrid& a, const TokenGrid& b) { return a == b; }, nb::is_operator(),
+          nb::sig("def __eq__(self, arg: object, /) -> bool"))
       .def("__repr__", [](const TokenGrid& grid) {
         return fmt::format("TokenGrid(({}, {}, {}), prefix={}, suffix={})", grid.extent[0], grid.extent[1],
                            grid.extent[2], grid.prefix, grid.suffix);
@@ -92,7 +94,8 @@ void bind_problem(nb::module_& module) {
 }  // namespace
 
 void bind_core(nb::module_& module) {
-  nb::exception<Error>(module, "Error", PyExc_ValueError);
+  const nb::exception<Error> error(module, "Error", PyExc_ValueError);
+  error.attr("__doc__") = "Bad input: the message names the argument, its value and what was expected.";
   bind_problem(module);
   module.def(
       "supported_isas",

@@ -53,9 +53,9 @@ nb::bytes bytes_of(std::string_view text) {
   return nb::bytes(text.data(), text.size());
 }
 
-nb::object generate_text(SessionHandle& self, const std::vector<std::int32_t>& prompt, std::int64_t max_tokens,
-                         double temperature, double top_p, std::uint64_t seed, bool stop_at_eos, bool bits_per_byte,
-                         const std::optional<nb::callable>& on_text) {
+nb::dict generate_text(SessionHandle& self, const std::vector<std::int32_t>& prompt, std::int64_t max_tokens,
+                       double temperature, double top_p, std::uint64_t seed, bool stop_at_eos, bool bits_per_byte,
+                       const std::optional<nb::callable>& on_text) {
   GenerateOptions options;
   options.max_tokens = max_tokens;
   options.sampling = {.temperature = temperature, .top_p = top_p, .seed = seed};
@@ -103,8 +103,8 @@ void bind_session(nb::module_& module) {
             }
             new (self) SessionHandle(std::move(model), std::move(wanted));
           },
-          nb::arg("model"), nb::arg("prefill").none(), nb::arg("decode").none(), nb::arg("kv_dtype") = "f32",
-          nb::arg("chunk") = nb::none(), nb::arg("capacity") = 0, nb::arg("options"), nb::arg("on_plan") = nb::none())
+          nb::arg("model"), nb::arg("prefill").none(), nb::arg("decode").none(), nb::arg("kv_dtype"),
+          nb::arg("chunk").none(), nb::arg("capacity"), nb::arg("options"), nb::arg("on_plan").none())
       .def(
           "prefill",
           [](SessionHandle& self, const std::vector<std::int32_t>& tokens) {

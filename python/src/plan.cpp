@@ -166,7 +166,9 @@ void bind_operations(nb::class_<Plan>& plan) {
                                 {batch, static_cast<std::size_t>(p.q_heads), static_cast<std::size_t>(p.q_len),
                                  static_cast<std::size_t>(p.kv_len)});
            })
-      .def("__eq__", [](const Plan& a, const Plan& b) { return a == b; });
+      .def(
+          "__eq__", [](const Plan& a, const Plan& b) { return a == b; }, nb::is_operator(),
+          nb::sig("def __eq__(self, arg: object, /) -> bool"));
 }
 
 PlanMap map_of(const Plan& plan, std::int64_t sequence, std::int64_t head, std::int64_t cells) {

@@ -58,8 +58,8 @@ def problem_of(
 ) -> Problem:
     """The problem that these arrays pose. Raises Error where their shapes disagree. See `attention`."""
     check_layout(layout)
-    views = [attention_operand(x, layout, name) for x, name in ((q, "q"), (k, "k"), (v, "v"))]
-    return _problem(*views, causal, scale, q_offset, cu_seqlens_q, cu_seqlens_k, grid)
+    qv, kv, vv = (attention_operand(x, layout, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+    return _problem(qv, kv, vv, causal, scale, q_offset, cu_seqlens_q, cu_seqlens_k, grid)
 
 
 def _problem(

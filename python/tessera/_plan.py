@@ -109,7 +109,7 @@ class Plan:
         block_q, block_k = block_mask.BLOCK_SIZE
         counts, indices = block_mask.kv_num_blocks, block_mask.kv_indices
         full_counts, full_indices = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
-        nothing = np.zeros(0, np.int32)
+        nothing: np.ndarray = np.zeros(0, np.int32)
         has_full = full_counts is not None
         heads = (problem.batch, problem.q_heads)
 

@@ -236,7 +236,9 @@ def _wanted(
     names = side_names.split(",") if side_names else []
     rest = results[3 + len(names) :]
     return _core.Gradients(
-        *results[:3],
+        d_q=results[0],
+        d_k=results[1],
+        d_v=results[2],
         d_sink_logits=rest[0] if sink_logits is not None else None,
         d_key_bias=rest[-1].unsqueeze(-1) if key_bias is not None else None,
         side=dict(zip(names, results[3:], strict=False)),
@@ -508,8 +510,8 @@ class Attention(nn.Module):
 class MoBA(Attention):
     """Mixture of block attention (arXiv:2502.13189): top-k key blocks per query. No weights of its own."""
 
-    def __init__(self, *, causal: bool = True, **params: Value) -> None:
-        super().__init__("moba", causal=causal, **params)
+    def __init__(self, *, causal: bool = True, layout: str = "BHND", layer: int = 0, n_layers: int = 1, **params: Value) -> None:
+        super().__init__("moba", causal=causal, layout=layout, layer=layer, n_layers=n_layers, **params)
 
 
 class GatedAttention(nn.Module):

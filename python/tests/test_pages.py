@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -35,3 +36,14 @@ def test_the_package_is_typed():
     for name in tessera.__all__:
         thing = getattr(tessera, name)
         assert getattr(thing, "__doc__", None), name
+
+
+def test_types_hold(tmp_path):
+    folder = pathlib.Path(tessera.__file__).parent
+    shutil.copytree(folder, tmp_path / "tessera", ignore=shutil.ignore_patterns("lib", "*.so", "__pycache__"))
+    command = [sys.executable, "-m", "mypy", "--follow-imports=skip", "--ignore-missing-imports", "-p", "tessera"]
+    done = subprocess.run(
+        [*command, "--disable-error-code=misc", "--cache-dir", tmp_path / "cache"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -103,7 +103,7 @@ def attend(
     batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
     own = queries == keys and (use.grid is None or use.grid.tokens == keys) and not is_causal
     lengths = [keys] * batch if attn_mask is None else _lengths(attn_mask, batch, keys)
-    if lengths is None:
+    if attn_mask is not None and lengths is None:
         if own and use.grid is not None:
             raise Error(
                 f"attn_mask of the grid's tokens has shape {tuple(attn_mask.shape)} and dtype {attn_mask.dtype}; expected "
@@ -128,7 +128,7 @@ def attend(
             options |= {"layer": layer, "n_layers": use.n_layers, "state": use.state}
         return run_attention(q, k, v, use.method if own else "dense", **options)
 
-    if min(lengths) == keys:
+    if lengths is None or min(lengths) == keys:
         return call(query, key, value)
     out = query.new_zeros(*query.shape[:3], value.shape[3])
     for b, length in enumerate(lengths):
@@ -174,8 +174,8 @@ class _Direct(TorchFunctionMode):
         given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
         if given.get("dropout_p"):
             raise Error(f"dropout_p is {given['dropout_p']}; expected 0")
-        views = [given[name].transpose(1, 2) for name in ("query", "key", "value")]
-        o = attend(_use(), *views, given.get("attn_mask"), given.get("is_causal", False), given.get("scale"))
+        q, k, v = (given[name].transpose(1, 2) for name in ("query", "key", "value"))
+        o = attend(_use(), q, k, v, given.get("attn_mask"), given.get("is_causal", False), given.get("scale"))
         return o.transpose(1, 2)
 
 

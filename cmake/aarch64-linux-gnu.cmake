@@ -1,0 +1,16 @@
+# Cross compilation for 64-bit Arm with Debian's compiler; scripts/check-aarch64.sh makes the folder of libraries.
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
+set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
+set(CMAKE_LIBRARY_ARCHITECTURE aarch64-linux-gnu)
+list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES TESSERA_ARM_ROOT)
+set(CMAKE_FIND_ROOT_PATH ${TESSERA_ARM_ROOT} /usr/aarch64-linux-gnu)
+set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
+set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
+set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)
+set(CMAKE_FIND_ROOT_PATH_MODE_PACKAGE ONLY)
+# Libraries of libraries, and headers that their packages leave to the default path.
+set(CMAKE_EXE_LINKER_FLAGS_INIT "-Wl,-rpath-link,${TESSERA_ARM_ROOT}/usr/lib/aarch64-linux-gnu")
+set(CMAKE_SHARED_LINKER_FLAGS_INIT "-Wl,-rpath-link,${TESSERA_ARM_ROOT}/usr/lib/aarch64-linux-gnu")
+set(CMAKE_CXX_FLAGS_INIT "-isystem ${TESSERA_ARM_ROOT}/usr/include")
