@@ -3,6 +3,8 @@
 #include <chrono>
 #include <limits>
 
+#include "core/error.h"
+
 namespace tessera {
 
 namespace {
@@ -26,7 +28,15 @@ Plan plan_with_reuse(LayerMode mode, const Problem& problem, const PlanContext& 
   const LayerReuseState* state = state_of(context);
   const bool chosen = mode == LayerMode::reuse && state != nullptr && is_decoding_step(problem) && state->layer >= 0 &&
                       state->layer < context.layer && state->selection.kv_len == problem.kv_len;
-  return chosen ? score::plan_of(problem, state->selection) : dense_plan(problem);
+  if (!chosen) return dense_plan(problem);
+  const score::Selection& selection = state->selection;
+  require(
+      std::ssize(selection.lists) == problem.batch * selection.heads &&
+          (selection.heads == 1 || selection.heads == problem.kv_heads || selection.heads == problem.q_heads),
+      "the state holds the choice of layer {}, {} lists of {} heads; this call has {} sequences, {} query heads and {} "
+      "kv heads",
+      state->layer, selection.lists.size(), selection.heads, problem.batch, problem.q_heads, problem.kv_heads);
+  return score::plan_of(problem, selection);
 }
 
 RunReport attend_with_reuse(LayerMode mode, const ChooseKeys& choose, const Problem& problem,

@@ -132,6 +132,22 @@ TEST(TidalDecode, AChoiceServesItsOwnStepOnly) {
   EXPECT_EQ(attend_layer(*method, step, 3, nullptr).keys(0, 0).size(), 100U) << "no state, no choice";
 }
 
+TEST(TidalDecode, AStateBelongsToItsSequencesAndHeads) {
+  const AttentionCase one(decoding_shape(100));
+  const AttentionCase two(decoding_shape(100, 4, 2, 2));
+  const AttentionCase more_heads(decoding_shape(100, 8, 2));
+  const auto method = make_method(spec(10));
+  const auto state = method->new_state();
+  attend_layer(*method, one, 2, state.get());
+  PlanContext context;
+  context.layer = 3;
+  context.layers = 8;
+  context.state = state.get();
+  EXPECT_NO_THROW(method->plan(one.problem, one.inputs, context));
+  EXPECT_THROW(method->plan(two.problem, two.inputs, context), Error);
+  EXPECT_THROW(method->plan(more_heads.problem, more_heads.inputs, context), Error);
+}
+
 TEST(TidalDecode, PrefillIsDense) {
   const AttentionCase input({.name = "prefill", .q_len = 40, .kv_len = 100});
   const auto method = make_method(spec(10));
