@@ -202,3 +202,37 @@ class BenchTest(CommandLineTest):
         refuse(*small, "dense", "--data", "heads-lm", saying=["'heads-lm'", "heads-llm"])
         refuse("--len", "0", "--plan", "dense", saying="--len")
         refuse("--len", "256", "--method", "xattention", "--phase", "decode", saying=["xattention", "decode"])
+
+
+class SimulateTest(CommandLineTest):
+    def test_paper_grid(self):
+        # The grid, window and stride of the paper's HunyuanVideo example: 91% of the pairs are left out.
+        report = self.succeed_json("simulate", "--tile-q", "4x4x8", "--tile-k", "2x8x8", "--attention-share", "0.5",
+                                   "--strides")  # fmt: skip
+        self.assertAlmostEqual(report["flop_speedup"], 30 * 48 * 80 / (18 * 24 * 24))
+        self.assertEqual(report["dense_tiles"], 15 * 6 * 10)
+        self.assertLessEqual(report["speedup"], report["mean_speedup"])
+        self.assertLessEqual(report["speedup"], report["flop_speedup"])
+        self.assertAlmostEqual(report["end_to_end_speedup"], 1 / (0.5 + 0.5 / report["speedup"]))
+        for axis in report["strides"]:
+            visited = [option["most_visited"] for option in axis]
+            self.assertEqual(axis[0]["stride"], 1)
+            self.assertEqual(visited, sorted(set(visited), reverse=True))
+        # With the tiles that are chosen it reaches what arithmetic allows, as the paper measured.
+        chosen = self.succeed_json("simulate")
+        self.assertTrue(chosen["block_sparse"])
+        self.assertAlmostEqual(chosen["speedup"], chosen["flop_speedup"])
+        self.assertIn("strides over columns", self.succeed("simulate", "--strides"))
+
+    def test_whole_window_is_dense(self):
+        report = self.succeed_json("simulate", "--grid", "4x8x8", "--window", "0", "--stride", "1")
+        self.assertEqual((report["speedup"], report["flop_speedup"]), (1, 1))
+        self.assertTrue(report["block_sparse"])
+
+    def test_refusals(self):
+        self.refuse("simulate", "--grid", "4x", saying=["grid"])
+        self.refuse("simulate", "--window", "4", "--stride", "5", saying=["stride is '5'"])
+        self.refuse("simulate", "--tile-q", "16x16", saying=["at most 128 tokens"])
+        self.refuse("simulate", "--grid", "99999x2x2", saying=["at most 65536 on an axis"])
+        self.refuse("simulate", "--attention-share", "2", saying=["--attention-share is 2"])
+        self.refuse("simulate", "--tiling", "none", saying=["none"])

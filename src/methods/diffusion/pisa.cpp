@@ -10,6 +10,8 @@
 // Differs from the authors' code: the pooled mass is held relative to the log-sum-exp of its own branch (their kernel
 // does not rescale it when the running maximum rises). correction=block keeps every H_j: as costly as dense attention,
 // it shows what the shared matrix gives away. Means are stored in the dtype of K; H and its product are float.
+//
+// The published models run their first 4 layers dense: a method file with layers "0-3" and "4-" does.
 #include <algorithm>
 #include <chrono>
 #include <cmath>

@@ -13,6 +13,9 @@
 // Differs from the authors' code: windows and strides beyond an axis are cut to it instead of refused; the ragged tiles
 // at the end of an axis are real tiles instead of padding; a plain sequence is a grid of one axis, which is causal in a
 // causal problem; on larger grids causality is that of the raster order, on top of the window.
+//
+// The defaults are those of HunyuanVideo on a grid of 30x48x80, whose first 15 of 50 denoising steps run dense: the
+// caller's choice, call by call. `tessera simulate` says what other windows cost.
 #include <algorithm>
 #include <bit>
 #include <map>
