@@ -7,6 +7,8 @@
 #include <cstring>
 #include <functional>
 
+#include "tessera/core.h"
+
 namespace tessera {
 namespace {
 
