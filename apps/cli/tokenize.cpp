@@ -13,6 +13,7 @@
 #include "io/json.h"
 #include "model/tokenizer_folder.h"
 #include "model/tokenizer_gguf.h"
+#include "tessera/model.h"
 
 namespace tessera::cli {
 
@@ -22,6 +23,8 @@ struct Options {
   std::string model;
   std::string prompt;
   bool special = false;
+  bool chat = false;
+  std::string system;
   bool json = false;
 };
 
@@ -33,11 +36,21 @@ model::Tokenizer tokenizer_of(const std::string& path) {
   return model::Tokenizer::read(parse_json_file(path), path, any_size);
 }
 
+/// Templates belong to models, which know their special tokens.
+std::vector<std::int32_t> chat_tokens(const Options& options, const std::string& text) {
+  std::vector<ChatMessage> messages;
+  if (!options.system.empty()) messages.push_back({"system", options.system});
+  messages.push_back({"user", text});
+  return Model::load(options.model).encode_chat(messages);
+}
+
 void run_tokenize(const Options& options) {
+  require(options.system.empty() || options.chat, "--system needs --chat");
   const model::Tokenizer tokenizer = tokenizer_of(options.model);
   const std::string text = read_text_file(options.prompt);
   const auto start = std::chrono::steady_clock::now();
-  const std::vector<std::int32_t> tokens = tokenizer.encode(text, options.special);
+  const std::vector<std::int32_t> tokens =
+      options.chat ? chat_tokens(options, text) : tokenizer.encode(text, options.special);
   const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
   const std::string decoded = tokenizer.decode(tokens);
   if (options.json) {
@@ -61,6 +74,8 @@ void add_tokenize(CLI::App& app) {
       ->required();
   command->add_option("--prompt", options->prompt, "File with the text")->required();
   command->add_flag("--special", options->special, "Names of special tokens in the text are those tokens");
+  command->add_flag("--chat", options->chat, "The text is a message of the user: apply the model's chat template");
+  command->add_option("--system", options->system, "System message of --chat");
   add_json_option(*command, options->json);
   command->callback([options] { run_tokenize(*options); });
 }

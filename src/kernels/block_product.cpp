@@ -12,6 +12,8 @@ namespace {
 
 /// Bytes of weights that a thread takes at a time: much more than the start of a stream costs.
 constexpr std::int64_t kItemBytes = 1 << 16;
+/// Matrices below this are read before a second thread has started.
+constexpr std::int64_t kSmallBytes = 1 << 17;
 
 /// Owns what ByteActivations refers to.
 struct Activations {
@@ -38,11 +40,12 @@ void multiply_blocks(const BlockRows& weights, const float* x, std::int64_t rows
   const ByteKernels& kernels = byte_kernels_of(isa);
   const std::int64_t item = std::clamp<std::int64_t>(kItemBytes / weights.row_bytes, 1, weights.outputs);
   const std::int64_t items = (weights.outputs + item - 1) / item;
+  const bool small = weights.outputs * weights.row_bytes < kSmallBytes;
   Activations activations;
   for (std::int64_t first = 0; first < rows; first += kBlockRows) {
     const ByteActivations bytes =
         activations.quantise(kernels, x + first * weights.inputs, std::min(kBlockRows, rows - first), weights.inputs);
-    parallel_for(items, threads, [&](std::int64_t i, int) {
+    parallel_for(items, small ? 1 : threads, [&](std::int64_t i, int) {
       BlockRows part = weights;
       part.blocks += i * item * weights.row_bytes;
       part.outputs = std::min(item, weights.outputs - i * item);

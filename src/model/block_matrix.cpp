@@ -4,19 +4,11 @@
 #include <cassert>
 
 #include "core/parallel.h"
+#include "kernels/block_product.h"
 #include "model/layers/linear.h"
-#include "score/product.h"
+#include "model/products.h"
 
 namespace tessera::model {
-
-namespace {
-
-/// Rows of the activations per product.
-constexpr std::int64_t kTileRows = 128;
-/// Rows of the weights that are widened at a time: few enough that they stay in the second-level cache.
-constexpr std::int64_t kPanel = 128;
-
-}  // namespace
 
 BlockMatrix::BlockMatrix(std::span<const std::byte> blocks, GgmlType type, std::int64_t outputs, std::int64_t inputs)
     : Matrix(outputs, inputs), blocks_(blocks.data()), type_(type), row_bytes_(bytes_of(type, inputs)) {
@@ -24,34 +16,79 @@ BlockMatrix::BlockMatrix(std::span<const std::byte> blocks, GgmlType type, std::
   assert(static_cast<std::int64_t>(blocks.size()) == outputs * row_bytes_);
 }
 
-void BlockMatrix::widen(std::int64_t first, std::int64_t count, float* out) const {
-  dequantise(type_, blocks_ + first * row_bytes_, count * inputs(), out);
-}
-
 void BlockMatrix::row(std::int64_t output, float* out) const {
-  widen(output, 1, out);
+  dequantise(type_, blocks_ + output * row_bytes_, inputs(), out);
 }
 
 void BlockMatrix::multiply(const float* x, std::int64_t rows, float* y, const ProductOptions& options) const {
-  const std::int64_t panels = (outputs() + kPanel - 1) / kPanel;
+  if (rows <= kernels::kBlockRows && !options.exact) {
+    kernels::multiply_blocks({type_, blocks_, row_bytes_, outputs(), inputs()}, x, rows, y, options.threads,
+                             options.isa.value_or(default_isa()));
+  } else {
+    multiply_widened(x, rows, y, options);
+  }
+}
+
+void BlockMatrix::multiply_widened(const float* x, std::int64_t rows, float* y, const ProductOptions& options) const {
+  const Isa isa = options.isa.value_or(default_isa());
+  const ProductLevel& level = products_of(isa);
+  const bool pairs = !options.exact && level.round_pairs != nullptr;
+  const std::int64_t words = pairs ? inputs() / 2 : inputs();  // blocks are even
+  ProductScratch own;
+  ProductScratch& scratch = options.scratch == nullptr ? own : *options.scratch;
+  const auto grow = [](std::vector<std::uint32_t>& buffer, std::int64_t size) {
+    if (std::ssize(buffer) < size) buffer.resize(static_cast<std::size_t>(size));
+  };
+  const auto* activations = reinterpret_cast<const std::uint32_t*>(x);
+  if (pairs) {
+    grow(scratch.rows, rows * words);
+    constexpr std::int64_t together = 16;
+    parallel_for((rows + together - 1) / together, options.threads, [&](std::int64_t item, int) {
+      for (std::int64_t row = item * together; row < std::min(rows, (item + 1) * together); ++row) {
+        level.round_pairs(x + row * inputs(), inputs(),
+                          reinterpret_cast<std::uint16_t*>(scratch.rows.data() + row * words), words);
+      }
+    });
+    activations = scratch.rows.data();
+  }
+  const std::int64_t panels = (outputs() + kPanelOutputs - 1) / kPanelOutputs;
   const int team = panels > 1 ? thread_count(options.threads) : 1;
-  std::vector<std::vector<float>> storage(static_cast<std::size_t>(team));
+  // Per thread: what the product packs, the panel of weights, and one row of floats.
+  const std::int64_t product_room = (kPanelOutputs + 16) * kPanelWords;
+  const std::int64_t room = product_room + kPanelOutputs * words + (pairs ? inputs() : 0);
+  grow(scratch.panels, team * room);
   parallel_for(panels, team, [&](std::int64_t panel, int thread) {
-    const std::int64_t column = panel * kPanel;
-    const std::int64_t columns = std::min(kPanel, outputs() - column);
-    std::vector<float>& weights = storage[static_cast<std::size_t>(thread)];
-    weights.resize(static_cast<std::size_t>(kPanel * inputs()));
-    widen(column, columns, weights.data());
-    for (std::int64_t row = 0; row < rows; row += kTileRows) {
-      score::multiply_transposed(x + row * inputs(), std::min(kTileRows, rows - row), inputs(), weights.data(), columns,
-                                 inputs(), inputs(), 1.0F, y + row * outputs() + column, outputs());
+    const std::int64_t first = panel * kPanelOutputs;
+    const std::int64_t count = std::min(kPanelOutputs, outputs() - first);
+    std::uint32_t* packed = scratch.panels.data() + thread * room;
+    std::uint32_t* weights = packed + product_room;
+    auto* floats = reinterpret_cast<float*>(weights + (pairs ? kPanelOutputs * words : 0));
+    if (pairs) {
+      for (std::int64_t output = 0; output < count; ++output) {
+        kernels::widen_blocks(type_, blocks_ + (first + output) * row_bytes_, inputs(), floats, isa);
+        level.round_pairs(floats, inputs(), reinterpret_cast<std::uint16_t*>(weights + output * words), words);
+      }
+    } else {
+      kernels::widen_blocks(type_, blocks_ + first * row_bytes_, count * inputs(), floats, isa);
     }
+    level.panel({.weights = reinterpret_cast<const std::byte*>(weights),
+                 .dtype = pairs ? DType::bf16 : DType::f32,
+                 .inputs = inputs(),
+                 .outputs = count,
+                 .x = activations,
+                 .pairs = pairs,
+                 .words = words,
+                 .rows = rows,
+                 .y = y + first,
+                 .y_stride = outputs(),
+                 .packed = packed,
+                 .widened = packed + kPanelOutputs * kPanelWords});
   });
 }
 
 void BlockMatrix::multiply_back(const float* d_y, std::int64_t rows, float* d_x, int threads) const {
   std::vector<float> weights(static_cast<std::size_t>(outputs() * inputs()));
-  widen(0, outputs(), weights.data());
+  dequantise(type_, blocks_, outputs() * inputs(), weights.data());
   linear_backward(weights, inputs(), outputs(), d_y, rows, d_x, threads);
 }
 

@@ -11,7 +11,8 @@
 
 namespace tessera::model {
 
-/// A matrix [outputs][inputs] of blocks along the rows that somebody else keeps.
+/// A matrix [outputs][inputs] of blocks along the rows that somebody else keeps. A few rows of activations are rounded
+/// to bytes and multiplied with the codes; many rows, and all when products are to be exact, with widened panels.
 class BlockMatrix final : public Matrix {
  public:
   BlockMatrix(std::span<const std::byte> blocks, GgmlType type, std::int64_t outputs, std::int64_t inputs);
@@ -21,8 +22,7 @@ class BlockMatrix final : public Matrix {
   void multiply_back(const float* d_y, std::int64_t rows, float* d_x, int threads) const override;
 
  private:
-  /// Rows [first, first + count) as floats.
-  void widen(std::int64_t first, std::int64_t count, float* out) const;
+  void multiply_widened(const float* x, std::int64_t rows, float* y, const ProductOptions& options) const;
 
   const std::byte* blocks_;
   GgmlType type_;

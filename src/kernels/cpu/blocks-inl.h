@@ -151,9 +151,10 @@ struct BlockQ6K {
   }
 };
 
-/// Unpacks `count` numbers, whole blocks, to the start of the chunk.
+/// Unpacks `count` numbers, whole blocks, to the start of the chunk. Not inlined: GCC 12 drops the stores of the scales
+/// when it puts this and a loop that reads them into one function.
 template <class Block>
-inline void unpack_chunk(const std::uint8_t* p, std::int64_t count, UnpackedChunk& chunk) {
+[[gnu::noinline]] void unpack_chunk(const std::uint8_t* p, std::int64_t count, UnpackedChunk& chunk) {
   for (std::int64_t at = 0; at < count; at += Block::numbers) {
     const std::int64_t group = at / Block::group;
     Block::unpack(p, chunk.codes + at, chunk.scales + group, chunk.minima + group);
