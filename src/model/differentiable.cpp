@@ -145,7 +145,7 @@ class DifferentiableDecoder::Implementation {
 
  private:
   /// Gradients are of the exact products.
-  ProductOptions products() const { return {.threads = threads_, .exact = true, .isa = {}, .scratch = nullptr}; }
+  ProductOptions products() const { return {.threads = threads_, .exact = true}; }
   Problem problem() const {
     Problem problem;
     problem.q_heads = config_.q_heads;

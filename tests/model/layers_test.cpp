@@ -24,8 +24,14 @@ Problem problem_of_rows(std::int64_t rows, std::int64_t keys) {
   return problem;
 }
 
+struct Lengths {
+  std::int64_t rows;
+  std::int64_t keys;
+};
+
 TEST(WindowPlanTest, HoldsTheWindowAndNothingElse) {
-  for (const auto& [rows, keys] : {std::pair{1, 1}, {1, 300}, {300, 300}, {130, 301}, {7, 20}}) {
+  for (const auto& [rows, keys] :
+       {Lengths{1, 1}, Lengths{1, 300}, Lengths{300, 300}, Lengths{130, 301}, Lengths{7, 20}}) {
     const Problem problem = problem_of_rows(rows, keys);
     for (const std::int64_t window : {1, 2, 16, 127, 128, 129, 299, 1000}) {
       const Plan plan = window_plan(problem, window, 128, 128);
