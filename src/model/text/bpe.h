@@ -49,12 +49,12 @@ class MergeTable {
 };
 
 struct BpeOptions {
-  std::optional<std::int32_t> unknown;    ///< of characters without a token; absent: they vanish
-  bool fuse_unknown = false;              ///< neighbouring unknown characters become one token
-  bool byte_fallback = false;             ///< characters without a token become their bytes
-  bool ignore_merges = false;             ///< a word that is a token is that token
-  std::string continuing_subword_prefix;  ///< of every character but the first
-  std::string end_of_word_suffix;         ///< of the last character
+  std::optional<std::int32_t> unknown = {};    ///< of characters without a token; absent: they vanish
+  bool fuse_unknown = false;                   ///< neighbouring unknown characters become one token
+  bool byte_fallback = false;                  ///< characters without a token become their bytes
+  bool ignore_merges = false;                  ///< a word that is a token is that token
+  std::string continuing_subword_prefix = {};  ///< of every character but the first
+  std::string end_of_word_suffix = {};         ///< of the last character
 };
 
 class Bpe : public WordModel {
