@@ -19,11 +19,17 @@ changed() { # every source, or those that differ from the revision; a changed he
     git grep -lF "${header#*/}\"" -- '*.cpp' | head -n 1 || true
   done
 }
-# Only files that the build compiles: examples are built on their own.
-mapfile -t units < <(changed | sort -u | while read -r file; do
-  if grep -qF "\"$PWD/$file\"" "$build/compile_commands.json"; then echo "$file"; fi
-done)
-[[ ${#units[@]} -gt 0 ]] || exit 0
-printf '%s\n' "${units[@]}" | xargs --max-args=1 --max-procs="$(nproc)" \
-  clang-tidy -p "$build" --quiet --extra-arg=-Wno-unknown-warning-option 2> >(grep -v 'warnings generated\|Suppressed\|Use -header-filter' >&2)
-echo "clang-tidy: ${#units[@]} files are clean"
+lint() { # folder with compile_commands.json, pattern of files: only files that this build compiles
+  mapfile -t units < <(changed | sort -u | grep -E "$2" | while read -r file; do
+    if grep -qF "\"$PWD/$file\"" "$1/compile_commands.json"; then echo "$file"; fi
+  done)
+  [[ ${#units[@]} -gt 0 ]] || return 0
+  printf '%s\n' "${units[@]}" | xargs --max-args=1 --max-procs="$(nproc)" \
+    clang-tidy -p "$1" --quiet --extra-arg=-Wno-unknown-warning-option 2> >(grep -v 'warnings generated\|Suppressed\|Use -header-filter' >&2)
+  echo "clang-tidy: ${#units[@]} files are clean"
+}
+lint "$build" .
+# The bindings are compiled where the wheel is built (make python).
+for wheel in build/cp*-linux_*; do
+  if [[ -e $wheel/compile_commands.json ]]; then lint "$wheel" '^python/'; fi
+done

@@ -84,9 +84,9 @@ nb::dict to_dict(const eval::EvaluationSummary& summary) {
   return result;
 }
 
-nb::list evaluate(std::shared_ptr<const Model> model, std::vector<std::string> tasks, std::vector<std::int64_t> lengths,
-                  std::vector<std::string> methods, const std::string& phase, std::int64_t samples,
-                  std::uint64_t seed) {
+nb::list evaluate(const std::shared_ptr<const Model>& model, std::vector<std::string> tasks,
+                  std::vector<std::int64_t> lengths, std::vector<std::string> methods, const std::string& phase,
+                  std::int64_t samples, std::uint64_t seed) {
   require(samples > 0 && samples <= 100'000, "samples is {}; expected 1 to 100000", samples);
   const Questions questions{
       std::move(tasks), std::move(lengths), std::move(methods), eval::phase_from_name(phase), samples, seed};
