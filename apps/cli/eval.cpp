@@ -35,6 +35,12 @@ using eval::EvaluationResult;
 using eval::EvaluationSummary;
 using OrderedJson = nlohmann::ordered_json;
 
+/// Of the cache; 8-bit codes without the steps beside them.
+std::size_t bytes_per_number(CacheType type) {
+  if (type == CacheType::i8) return 1;
+  return type == CacheType::f32 ? 4 : 2;
+}
+
 constexpr std::string_view kPerplexity = "perplexity";
 
 struct Options {
@@ -148,7 +154,7 @@ class Evaluation {
     document["results"] = OrderedJson::array();
     for (const EvaluationSummary& summary : eval::summarise(results_)) {
       document["results"].push_back(to_json(
-          summary, eval::predicted_times(summary, config_, size_of(dtype_from_name(options_.kv_dtype)), rates_)));
+          summary, eval::predicted_times(summary, config_, bytes_per_number(kv_dtype_of(options_.kv_dtype)), rates_)));
     }
     return document;
   }
@@ -156,7 +162,7 @@ class Evaluation {
  private:
   SessionOptions session_options(const std::string& spec) const {
     SessionOptions options = eval::session_options_of(spec, phase_);
-    options.kv_dtype = cache_type_from_name(options_.kv_dtype);
+    options.kv_dtype = kv_dtype_of(options_.kv_dtype);
     options.run = run_options_of(options_.run);
     options.cancelled = [] { return interrupted(); };
     return options;

@@ -72,7 +72,7 @@ SessionOptions session_options(const Options& options) {
   SessionOptions result;
   result.prefill = make_method(options.method);
   if (!options.decode_method.empty()) result.decode = make_method(options.decode_method);
-  result.kv_dtype = cache_type_from_name(options.kv_dtype);
+  result.kv_dtype = kv_dtype_of(options.kv_dtype);
   result.chunk = options.chunk;
   result.capacity = options.max_length;
   require(std::isfinite(options.memory_limit) && options.memory_limit < 1e9,

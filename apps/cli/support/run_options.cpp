@@ -33,6 +33,14 @@ void add_run_options(CLI::App& command, RunFlags& flags) {
       ->capture_default_str();
 }
 
+CacheType kv_dtype_of(const std::string& name) {
+  try {
+    return cache_type_from_name(name);
+  } catch (const Error& error) {
+    throw Error(fmt::format("--kv-dtype: {}", error.what()));
+  }
+}
+
 RunOptions run_options_of(const RunFlags& flags) {
   RunOptions options;
   const std::vector<Isa> here = supported_isas();

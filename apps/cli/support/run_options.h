@@ -6,6 +6,7 @@
 #include <string>
 
 #include "tessera/attention.h"
+#include "tessera/model.h"
 
 namespace tessera::cli {
 
@@ -20,6 +21,9 @@ void add_run_options(CLI::App& command, RunFlags& flags);
 
 /// Throws Error for unknown names, an instruction set that this machine lacks and a negative number of threads.
 RunOptions run_options_of(const RunFlags& flags);
+
+/// Value of --kv-dtype. Throws Error that names the option and lists the known types.
+CacheType kv_dtype_of(const std::string& name);
 
 struct GridFlags {
   std::string grid;
