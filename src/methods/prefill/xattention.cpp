@@ -10,7 +10,7 @@
 // first query of the call, so with chunked prefill whose offset is not a multiple of the tile two diagonal tiles are
 // kept; the code's `keep_sink` row flag is not reproduced, the forced first tile is what it was meant to be.
 #include "core/error.h"
-#include "methods/configuration.h"
+#include "methods/head_values.h"
 #include "methods/registry.h"
 #include "score/always_keep.h"
 #include "score/cumulative_mass.h"
@@ -47,14 +47,14 @@ class XAttention {
             .budget = {{"tau", 0, 1}}};
   }
 
-  explicit XAttention(Params params) : params_(std::move(params)) {
+  explicit XAttention(Params params)
+      : params_(std::move(params)), thresholds_("xattention", "thresholds", params_.thresholds, {{"", 0, 1}}) {
     require(params_.block % params_.stride == 0, "xattention: stride={} does not divide block={}", params_.stride,
             params_.block);
-    if (!params_.thresholds.empty()) read_thresholds();
   }
 
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
-    const std::vector<double> shares = shares_of(problem, context);
+    const std::vector<double> shares = thresholds_.of_layer(0, params_.tau, problem, context);
     const score::TileMassOptions options{
         .tile_q = params_.block,
         .tile_k = params_.block,
@@ -96,38 +96,13 @@ class XAttention {
     return std::move(rows).finish(context.run.threads);
   }
 
+  void check_model(std::int64_t layers, std::int64_t q_heads, std::int64_t /*kv_heads*/) const {
+    thresholds_.check_model(layers, q_heads);
+  }
+
  private:
-  void read_thresholds() {
-    const Json table = read_configuration(params_.thresholds);
-    require(table.is_array(), "xattention: thresholds file '{}' is not an array of layers", params_.thresholds.name());
-    for (const Json& layer : table) {
-      require(layer.is_array(), "xattention: layer {} of thresholds file '{}' is not an array of numbers",
-              table_.size(), params_.thresholds.name());
-      std::vector<double>& heads = table_.emplace_back();
-      for (const Json& tau : layer) {
-        const bool valid = tau.is_number() && tau.get<double>() >= 0 && tau.get<double>() <= 1;
-        require(valid, "xattention: layer {}, head {} of thresholds file '{}' is {}; expected a number in [0, 1]",
-                table_.size() - 1, heads.size(), params_.thresholds.name(), tau.dump());
-        heads.push_back(tau.get<double>());
-      }
-    }
-  }
-
-  /// tau per query head of this layer.
-  std::vector<double> shares_of(const Problem& problem, const PlanContext& context) const {
-    const auto heads = static_cast<std::size_t>(problem.q_heads);
-    if (params_.thresholds.empty()) return std::vector<double>(heads, params_.tau);
-    require(context.layer >= 0 && context.layer < static_cast<std::int64_t>(table_.size()),
-            "xattention: thresholds file '{}' has {} layers; layer {} was asked for", params_.thresholds.name(),
-            table_.size(), context.layer);
-    const std::vector<double>& shares = table_[context.layer];
-    require(shares.size() == heads, "xattention: layer {} of thresholds file '{}' has {} heads; the problem has {}",
-            context.layer, params_.thresholds.name(), shares.size(), heads);
-    return shares;
-  }
-
   Params params_;
-  std::vector<std::vector<double>> table_;  ///< [layer][query head]
+  HeadValues thresholds_;
 };
 
 }  // namespace

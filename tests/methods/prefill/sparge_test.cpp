@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <filesystem>
+#include <fstream>
 #include <numeric>
 
 #include "methods/attended.h"
@@ -274,6 +276,50 @@ TEST(Sparge, BadParameters) {
   EXPECT_THROW(make_method("sparge:block_k=48"), Error);
   EXPECT_THROW(make_method("sparge:block_k=256"), Error);
   EXPECT_NO_THROW(make_method("sparge:block_k=48,online_skip=false"));
+}
+
+TEST(Sparge, ValuesOfHeads) {
+  for (const std::int64_t batch : {1, 2}) {
+    AttentionCase input({.name = "heads", .batch = batch, .q_heads = 4, .kv_heads = 2, .q_len = 300, .kv_len = 300});
+    for (std::int64_t s = 0; s < batch; ++s) {  // a sink, below which tiles are skipped
+      for (std::int64_t h = 0; h < 4; ++h) {
+        for (std::int64_t n = 0; n < 300; ++n) input.set_q(s, h, n, 0, 6);
+        input.set_k(s, h / 2, 0, 0, 12);
+      }
+    }
+    const std::string common = "sparge:block_q=32,block_k=16,skip_rows=16";
+    const std::string path = testing::TempDir() + "sparge_heads.json";
+    std::ofstream(path) << R"([[{"theta": -1, "cdf": 0.5, "lambda": 1}, {"theta": 0.2, "cdf": 0.5, "lambda": 50},
+                               {"theta": 1, "cdf": 0.5, "lambda": 50}, {"theta": -1, "cdf": 1, "lambda": 2}]])";
+    const std::vector<std::string> own{"theta=-1,cdf=0.5,lambda=1", "theta=0.2,cdf=0.5,lambda=50",
+                                       "theta=1,cdf=0.5,lambda=50", "theta=-1,cdf=1,lambda=2"};
+    const auto method = make_method(common + ",heads=" + path);
+    const auto masks = masks_of(*method, input);
+    const test::Attended all = test::attend(*method, input);
+    std::int64_t skipped = 0;
+    for (std::int64_t head = 0; head < 4; ++head) {
+      const auto alone = make_method(common + "," + own[static_cast<std::size_t>(head)]);
+      const test::Attended expected = test::attend(*alone, input);
+      for (std::int64_t s = 0; s < batch; ++s) {
+        EXPECT_TRUE(masks[s * 4 + head] == masks_of(*alone, input)[s * 4 + head]) << head;
+        for (std::int64_t i = 0; i < 300 * 8; ++i) {
+          const std::int64_t at = (s * 4 + head) * 300 * 8 + i;
+          ASSERT_EQ(all.o[at], expected.o[at]) << head;
+        }
+        for (std::int64_t i = 0; i < 300; ++i) {
+          const std::int64_t at = (s * 4 + head) * 300 + i;
+          ASSERT_EQ(all.lse[at], expected.lse[at]) << head;
+        }
+      }
+      skipped += expected.report.skipped_pairs;
+    }
+    EXPECT_GT(all.report.skipped_pairs, 0);
+    EXPECT_LT(all.report.skipped_pairs, skipped);
+    EXPECT_THROW(make_method("sparge:rule=topk,heads=" + path), Error);
+    std::ofstream(path) << R"([[{"theta": 2, "cdf": 0.5, "lambda": 1}]])";
+    EXPECT_THROW(make_method("sparge:heads=" + path), Error) << "2 is no cosine";
+    std::filesystem::remove(path);
+  }
 }
 
 }  // namespace
