@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
+
+#include "score/order_key.h"
 
 namespace tessera::score {
 
@@ -22,6 +25,30 @@ std::int64_t take(std::int64_t size, double sum, double target, MassRule rule, s
   return std::min(std::max(taken, minimum), size);
 }
 
+/// Entries in order, sorted as far as they are asked for: budgets take few of many.
+class OrderedEntries {
+ public:
+  explicit OrderedEntries(std::vector<std::uint64_t> keys) : keys_(std::move(keys)) {}
+
+  std::int32_t operator[](std::int64_t i) {
+    while (i >= sorted_) sort_more();
+    return index_of_key(keys_[static_cast<std::size_t>(i)]);
+  }
+
+ private:
+  void sort_more() {
+    const std::int64_t end = std::min(sorted_ + step_, std::ssize(keys_));
+    if (end < std::ssize(keys_)) std::nth_element(keys_.begin() + sorted_, keys_.begin() + end, keys_.end());
+    std::sort(keys_.begin() + sorted_, keys_.begin() + end);
+    sorted_ = end;
+    step_ *= 2;
+  }
+
+  std::vector<std::uint64_t> keys_;
+  std::int64_t sorted_ = 0;
+  std::int64_t step_ = 32;
+};
+
 }  // namespace
 
 std::int64_t count_by_mass(std::span<const float> descending, double target, MassRule rule) {
@@ -32,14 +59,19 @@ std::int64_t count_by_mass(std::span<const float> descending, double target, Mas
 std::vector<std::int32_t> select_mass(std::span<const float> scores, double share, MassRule rule,
                                       std::span<const std::uint8_t> forced) {
   std::vector<std::int32_t> kept;
-  std::vector<std::int32_t> candidates;
+  std::vector<std::uint64_t> candidates;
+  candidates.reserve(scores.size());
   double forced_mass = 0;
   double total = 0;
   for (std::size_t i = 0; i < scores.size(); ++i) {
-    const bool keep = kept_in_any_case(scores, forced, i);
-    (keep ? kept : candidates).push_back(static_cast<std::int32_t>(i));
+    const auto index = static_cast<std::int32_t>(i);
     const double mass = scores[i];
-    if (keep) forced_mass += mass;
+    if (kept_in_any_case(scores, forced, i)) {
+      kept.push_back(index);
+      forced_mass += mass;
+    } else {
+      candidates.push_back(order_key(scores[i], index));
+    }
     total += mass;
   }
   if (share >= 1 || !std::isfinite(total)) {
@@ -47,11 +79,11 @@ std::vector<std::int32_t> select_mass(std::span<const float> scores, double shar
     std::iota(kept.begin(), kept.end(), 0);
     return kept;
   }
-  std::sort(candidates.begin(), candidates.end(), ScoreOrder{scores});
-  const std::int64_t chosen =
-      take(static_cast<std::int64_t>(candidates.size()), forced_mass, share * total, rule, kept.empty() ? 1 : 0,
-           [&](std::int64_t i) { return static_cast<double>(scores[candidates[i]]); });
-  kept.insert(kept.end(), candidates.begin(), candidates.begin() + chosen);
+  const std::int64_t size = std::ssize(candidates);
+  OrderedEntries entries(std::move(candidates));
+  const std::int64_t chosen = take(size, forced_mass, share * total, rule, kept.empty() ? 1 : 0,
+                                   [&](std::int64_t i) { return static_cast<double>(scores[entries[i]]); });
+  for (std::int64_t i = 0; i < chosen; ++i) kept.push_back(entries[i]);
   std::sort(kept.begin(), kept.end());
   return kept;
 }

@@ -1,12 +1,12 @@
 #include "score/refine.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <functional>
 #include <limits>
 #include <numeric>
 
+#include "score/order_key.h"
 #include "score/top_k.h"
 
 namespace tessera::score {
@@ -73,22 +73,14 @@ void score_nodes(const TreeSearch& search, std::vector<Node>& nodes, std::vector
   }
 }
 
-/// Orders like the score, NaN on top, then like the place from the last to the first.
-std::uint64_t rank_of(const Node& node) {
-  const auto bits = std::bit_cast<std::uint32_t>(node.score == 0 ? 0.0F : node.score);
-  const bool negative = (bits >> 31U) != 0;
-  const std::uint32_t ordered = std::isnan(node.score) ? ~0U : (negative ? ~bits : bits | 0x80000000U);
-  return (static_cast<std::uint64_t>(ordered) << 32U) | ~static_cast<std::uint32_t>(node.begin);
-}
-
 /// Keeps the `keep` best nodes in their order.
 void keep_best(std::vector<Node>& nodes, std::size_t keep, std::vector<std::uint64_t>& ranks) {
   if (nodes.size() <= keep) return;
   ranks.clear();
-  for (const Node& node : nodes) ranks.push_back(rank_of(node));
+  for (const Node& node : nodes) ranks.push_back(order_key(node.score, node.begin));
   const auto worst = ranks.begin() + static_cast<std::ptrdiff_t>(keep) - 1;
-  std::nth_element(ranks.begin(), worst, ranks.end(), std::greater<>());
-  std::erase_if(nodes, [least = *worst](const Node& node) { return rank_of(node) < least; });
+  std::nth_element(ranks.begin(), worst, ranks.end());
+  std::erase_if(nodes, [last = *worst](const Node& node) { return order_key(node.score, node.begin) > last; });
 }
 
 }  // namespace
