@@ -63,7 +63,10 @@ TEST_P(Forward, EqualsTheDefinition) {
   const Loaded loaded(GetParam());
   const Model model = loaded.load();
   const auto tokens = testing::random_tokens(45, GetParam().vocab, 3);
-  EXPECT_LT(difference_from(loaded.random.forward(tokens), prefill_logits(model, tokens)), 2e-4);
+  const auto expected = loaded.random.forward(tokens);
+  EXPECT_LT(difference_from(expected, prefill_logits(model, tokens, {.exact_products = true})), 2e-4);
+  // Activations in bf16 have 8 bits, on machines with products of bf16 and for weights of bf16 only.
+  EXPECT_LT(difference_from(expected, prefill_logits(model, tokens)), GetParam().storage == DType::bf16 ? 0.1 : 2e-4);
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, Forward,

@@ -48,7 +48,7 @@ double largest_difference(const std::vector<float>& a, const std::vector<float>&
 
 TEST(Int8Cache, StaysNearAndIsSmaller) {
   const Loaded loaded({.head_dim = 32});
-  for (const char* method : {"dense", "streaming:n_init=16,n_local=200", "quest:dense_layers=0,budget=64"}) {
+  for (const char* method : {"dense", "streaming:n_init=16,n_local=200", "quest:dense_layers=0,budget=4096"}) {
     SessionOptions options;
     options.prefill = make_method(method);
     std::size_t exact_bytes = 0;
