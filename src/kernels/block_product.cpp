@@ -20,17 +20,22 @@ struct Activations {
   std::vector<std::int8_t> bytes;
   std::vector<float> scales;
   std::vector<float> sums;
+  std::vector<float> sums_of_groups;
+  std::vector<std::int32_t> shifts;
 
   ByteActivations quantise(const ByteKernels& kernels, const float* x, std::int64_t rows, std::int64_t inputs) {
     const std::int64_t padded = (inputs + kBlockChunk - 1) / kBlockChunk * kBlockChunk;
     bytes.assign(static_cast<std::size_t>(rows * padded), 0);
     scales.assign(static_cast<std::size_t>(rows * padded / kActivationGroup), 0);
     sums.assign(static_cast<std::size_t>(rows * padded / 16), 0);
+    sums_of_groups.assign(static_cast<std::size_t>(rows * padded / 32), 0);
+    shifts.assign(static_cast<std::size_t>(rows * padded / 4), 0);
     for (std::int64_t r = 0; r < rows; ++r) {
       kernels.quantise_activations(x + r * inputs, inputs, bytes.data() + r * padded,
-                                   scales.data() + r * padded / kActivationGroup, sums.data() + r * padded / 16);
+                                   scales.data() + r * padded / kActivationGroup, sums.data() + r * padded / 16,
+                                   sums_of_groups.data() + r * padded / 32, shifts.data() + r * padded / 4);
     }
-    return {rows, padded, bytes.data(), scales.data(), sums.data()};
+    return {rows, padded, bytes.data(), scales.data(), sums.data(), sums_of_groups.data(), shifts.data()};
   }
 };
 

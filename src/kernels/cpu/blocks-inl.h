@@ -53,15 +53,19 @@ struct BlockNibbles {
   }
 };
 
-/// The scales and minima of 6 bits of eight groups, in 12 bytes.
-inline void group_factors(const std::uint8_t* p, float scale, float least, float* scales, float* minima) {
+/// The scales and then the minima of eight groups, 6 bits each in 12 bytes, as bytes.
+inline void spread_factors(const std::uint8_t* p, std::uint8_t* factors) {
   std::uint32_t words[3];
   std::memcpy(words, p, 12);
   const std::uint32_t packed[4]{words[0] & 0x3f3f3f3fU, (words[2] & 0x0f0f0f0fU) | (words[0] >> 6 & 0x03030303U) << 4,
                                 words[1] & 0x3f3f3f3fU,
                                 (words[2] >> 4 & 0x0f0f0f0fU) | (words[1] >> 6 & 0x03030303U) << 4};
-  std::uint8_t factors[16];
   std::memcpy(factors, packed, 16);
+}
+
+inline void group_factors(const std::uint8_t* p, float scale, float least, float* scales, float* minima) {
+  std::uint8_t factors[16];
+  spread_factors(p, factors);
   for (int i = 0; i < 8; ++i) scales[i] = scale * static_cast<float>(factors[i]);
   for (int i = 0; i < 8; ++i) minima[i] = least * static_cast<float>(factors[8 + i]);
 }
@@ -165,16 +169,16 @@ template <class Block>
 /// Adds the product of a chunk and `count` activations to `acc` and, per group, the part of the minima to `low`.
 template <class Block>
 inline void multiply_chunk(const UnpackedChunk& chunk, const std::int8_t* bytes, const float* x_scales,
-                           const float* x_sums, std::int64_t count, Vec& acc, Vec& low) {
+                           const float* x_sums, const float* x_sums_of_groups, std::int64_t count, Vec& acc, Vec& low) {
   // The scale of codes times that of bytes, per group.
   constexpr std::int64_t groups_of_chunk = kBlockChunk / Block::group;
   alignas(64) float scales[groups_of_chunk];
   const std::int64_t groups = (count + 16 * Block::group - 1) / (16 * Block::group) * 16;
   for (std::int64_t g = 0; g < groups; ++g) scales[g] = chunk.scales[g] * x_scales[g * Block::group / kActivationGroup];
   if constexpr (Block::group == 32) {
-    alignas(64) float sums[groups_of_chunk];
-    for (std::int64_t g = 0; g < groups; ++g) sums[g] = x_sums[2 * g] + x_sums[2 * g + 1];
-    for (std::int64_t g = 0; g < groups; g += kLanes) low = fma(load(chunk.minima + g), load(sums + g), low);
+    for (std::int64_t g = 0; g < groups; g += kLanes) {
+      low = fma(load(chunk.minima + g), load(x_sums_of_groups + g), low);
+    }
   } else {
     for (std::int64_t g = 0; g < groups; g += kLanes) low = fma(load(chunk.minima + g), load(x_sums + g), low);
   }
@@ -210,12 +214,77 @@ inline void multiply_rows(const BlockRows& weights, const ByteActivations& x, fl
       unpack_chunk<Block>(p, count, chunk);
       for (std::int64_t r = 0; r < x.rows; ++r) {
         multiply_chunk<Block>(chunk, x.bytes + r * x.padded + first, x.scales + (r * x.padded + first) / 32,
-                              x.sums + (r * x.padded + first) / 16, count, acc[r], low[r]);
+                              x.sums + (r * x.padded + first) / 16, x.sums_of_groups + (r * x.padded + first) / 32,
+                              count, acc[r], low[r]);
       }
       p += bytes;
     }
     for (std::int64_t r = 0; r < x.rows; ++r) y[r * y_stride + o] = reduce_add(sub(acc[r], low[r]));
   }
+}
+
+/// Blocks of 32 that a vector of words holds.
+constexpr int kHalves = kLanes / 8;
+
+/// A row of Q8_0 times one row of activations, without a buffer between: what decoding mostly reads.
+inline float dot_q8_0(const std::uint8_t* p, std::int64_t inputs, const ByteActivations& x) {
+  constexpr std::int64_t size = BlockQ8_0::bytes;
+  Vec acc[2]{zero(), zero()};
+  const std::int64_t blocks = inputs / 32;
+  const auto step = [&](const std::uint8_t* block, std::int64_t b, int chain) {
+    // Codes are shifted by 128 to be unsigned; the sums of the activations' bytes take that off again.
+    const IntVec codes = flip_signs(load_halves(block + 2, size));
+    const IntVec start = load_int(x.shifts + b * 8);
+    const IntVec numbers = load_int(reinterpret_cast<const std::int32_t*>(x.bytes + b * 32));
+    const Vec scale = mul(spread_half_numbers(block, size), spread_halves(x.scales + b, 1));
+    acc[chain] = fma(to_float(multiply_add_bytes<true>(codes, numbers, start)), scale, acc[chain]);
+  };
+  std::int64_t b = 0;
+  for (; b + 2 * kHalves <= blocks; b += 2 * kHalves) {
+    const std::uint8_t* block = p + b * size;
+    __builtin_prefetch(block + 4096, 0, 2);
+    __builtin_prefetch(block + 4096 + 64, 0, 2);
+    step(block, b, 0);
+    step(block + kHalves * size, b + kHalves, 1);
+  }
+  if (b < blocks) {
+    // The last blocks, filled up with blocks of scale 0.
+    std::uint8_t rest[2 * kHalves * size]{};
+    std::memcpy(rest, p + b * size, static_cast<std::size_t>((blocks - b) * size));
+    step(rest, b, 0);
+    if (blocks - b > kHalves) step(rest + kHalves * size, b + kHalves, 1);
+  }
+  return reduce_add(add(acc[0], acc[1]));
+}
+
+/// The same for Q4_K.
+inline float dot_q4_k(const std::uint8_t* p, std::int64_t inputs, const ByteActivations& x) {
+  Vec acc[2]{zero(), zero()};
+  alignas(32) float minima[8]{};
+  const IntVec low_bits = set1_int(0x0f0f0f0f);
+  const IntVec none = set1_int(0);
+  for (std::int64_t first = 0; first < inputs; first += 256, p += 144) {
+    __builtin_prefetch(p + 4096, 0, 2);
+    __builtin_prefetch(p + 4096 + 64, 0, 2);
+    __builtin_prefetch(p + 4096 + 128, 0, 2);
+    alignas(16) std::uint8_t factors[16];
+    spread_factors(p + 4, factors);
+    alignas(32) float scales[8];
+    weigh_bytes8(factors, half_at(p), x.scales + first / 32, scales);
+    add_weighed_bytes8(factors + 8, half_at(p + 2), x.sums_of_groups + first / 32, minima);
+    for (int j = 0; j < 4; j += kHalves) {
+      const IntVec codes = load_int(reinterpret_cast<const std::int32_t*>(p + 16 + j * 32));
+      const std::int8_t* numbers = x.bytes + first + j * 64;
+      const IntVec even = multiply_add_bytes<false>(bits_and(codes, low_bits), load_halves(numbers, 64), none);
+      const IntVec odd =
+          multiply_add_bytes<false>(bits_and(shift_right<4>(codes), low_bits), load_halves(numbers + 32, 64), none);
+      acc[0] = fma(to_float(even), spread_halves(scales + 2 * j, 2), acc[0]);
+      acc[1] = fma(to_float(odd), spread_halves(scales + 2 * j + 1, 2), acc[1]);
+    }
+  }
+  float low = 0;
+  for (const float minimum : minima) low += minimum;
+  return reduce_add(add(acc[0], acc[1])) - low;
 }
 
 /// Calls body(Block{}) for the type of the blocks.
@@ -246,6 +315,13 @@ inline void with_block(GgmlType type, const Body& body) {
 }
 
 inline void multiply_blocks(const BlockRows& weights, const ByteActivations& x, float* y, std::int64_t y_stride) {
+  if (x.rows == 1 && (weights.type == GgmlType::q8_0 || weights.type == GgmlType::q4_k)) {
+    for (std::int64_t o = 0; o < weights.outputs; ++o) {
+      const auto* p = reinterpret_cast<const std::uint8_t*>(weights.blocks + o * weights.row_bytes);
+      y[o] = weights.type == GgmlType::q8_0 ? dot_q8_0(p, weights.inputs, x) : dot_q4_k(p, weights.inputs, x);
+    }
+    return;
+  }
   with_block(weights.type, [&](auto block) { multiply_rows<decltype(block)>(weights, x, y, y_stride); });
 }
 
@@ -272,8 +348,9 @@ inline void widen_blocks(GgmlType type, const std::byte* blocks, std::int64_t nu
   });
 }
 
-/// Bytes, scales per 32 and sums per 16 of `count` numbers, a multiple of 32.
-inline void quantise_activations(const float* x, std::int64_t count, std::int8_t* bytes, float* scales, float* sums) {
+/// What ByteActivations holds of `count` numbers, a multiple of 32.
+inline void quantise_activations(const float* x, std::int64_t count, std::int8_t* bytes, float* scales, float* sums,
+                                 float* sums_of_groups, std::int32_t* shifts) {
   for (std::int64_t at = 0; at < count; at += kActivationGroup) {
     const float largest = largest_magnitude(x + at, kActivationGroup);
     const bool finite = largest <= std::numeric_limits<float>::max();
@@ -290,6 +367,11 @@ inline void quantise_activations(const float* x, std::int64_t count, std::int8_t
       int sum = 0;
       for (int i = 0; i < 16; ++i) sum += bytes[at + half * 16 + i];
       sums[at / 16 + half] = scale * static_cast<float>(sum);
+    }
+    sums_of_groups[at / 32] = sums[at / 16] + sums[at / 16 + 1];
+    for (int w = 0; w < 8; ++w) {
+      const std::int8_t* word = bytes + at + w * 4;
+      shifts[at / 4 + w] = -128 * (word[0] + word[1] + word[2] + word[3]);
     }
   }
 }

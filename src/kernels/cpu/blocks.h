@@ -19,10 +19,12 @@ constexpr std::int64_t kBlockRows = 8;
 /// that holds NaN or Inf has the scale NaN.
 struct ByteActivations {
   std::int64_t rows;
-  std::int64_t padded;       ///< numbers of a row, a multiple of kBlockChunk
-  const std::int8_t* bytes;  ///< [rows][padded]
-  const float* scales;       ///< [rows][padded / 32]
-  const float* sums;         ///< [rows][padded / 16] of the numbers that the bytes stand for
+  std::int64_t padded;          ///< numbers of a row, a multiple of kBlockChunk
+  const std::int8_t* bytes;     ///< [rows][padded]
+  const float* scales;          ///< [rows][padded / 32]
+  const float* sums;            ///< [rows][padded / 16] of the numbers that the bytes stand for
+  const float* sums_of_groups;  ///< [rows][padded / 32] the same
+  const std::int32_t* shifts;   ///< [rows][padded / 4] -128 times the sum of four bytes
 };
 
 /// Weights [outputs][inputs] in blocks along the rows.

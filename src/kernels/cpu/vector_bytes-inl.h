@@ -24,6 +24,41 @@ inline void store_low_bytes(std::uint8_t* p, IntVec x) {
 inline float half_to_float(std::uint16_t bits) {
   return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
 }
+/// 32 bytes at p on the first half of the lanes, 32 bytes `stride` later on the second, where there are 16 lanes.
+inline IntVec load_halves(const void* p, std::int64_t stride) {
+  const auto* bytes = static_cast<const std::uint8_t*>(p);
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+  const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + stride));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+/// p[0] on the first half of the lanes, p[stride] on the second, where there are 16 lanes.
+inline Vec spread_halves(const float* p, std::int64_t stride) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_broadcast_ss(p)), _mm256_broadcast_ss(p + stride), 1);
+}
+/// The same of f16 numbers, `stride` bytes apart.
+inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t stride) {
+  std::uint16_t first;
+  std::uint16_t second;
+  std::memcpy(&first, p, 2);
+  std::memcpy(&second, p + stride, 2);
+  const __m256i low = _mm256_castsi128_si256(_mm_set1_epi16(static_cast<std::int16_t>(first)));
+  return _mm512_cvtph_ps(_mm256_inserti128_si256(low, _mm_set1_epi16(static_cast<std::int16_t>(second)), 1));
+}
+inline IntVec flip_signs(IntVec bytes) {
+  return _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80)));
+}
+/// to[i] = factor * byte i * weights[i] for eight bytes.
+inline void weigh_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
+  const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  const __m256 numbers = _mm256_mul_ps(_mm256_cvtepi32_ps(words), _mm256_set1_ps(factor));
+  _mm256_storeu_ps(to, _mm256_mul_ps(numbers, _mm256_loadu_ps(weights)));
+}
+/// to[i] += factor * byte i * weights[i] for eight bytes.
+inline void add_weighed_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
+  const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  const __m256 numbers = _mm256_mul_ps(_mm256_cvtepi32_ps(words), _mm256_set1_ps(factor));
+  _mm256_storeu_ps(to, _mm256_fmadd_ps(numbers, _mm256_loadu_ps(weights), _mm256_loadu_ps(to)));
+}
 /// p[0] on the first `lanes` lanes, p[1] on the next, and so on. 8 or 4 lanes.
 template <int lanes>
 inline Vec spread_lanes(const float* p) {
@@ -77,6 +112,28 @@ inline void store_low_bytes(std::uint8_t* p, IntVec x) {
 inline float half_to_float(std::uint16_t bits) {
   return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
 }
+inline IntVec load_halves(const void* p, std::int64_t) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline Vec spread_halves(const float* p, std::int64_t) {
+  return _mm256_broadcast_ss(p);
+}
+inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t) {
+  return set1(half_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8)));
+}
+inline IntVec flip_signs(IntVec bytes) {
+  return _mm256_xor_si256(bytes, _mm256_set1_epi8(static_cast<char>(0x80)));
+}
+inline void weigh_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
+  const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  const __m256 numbers = _mm256_mul_ps(_mm256_cvtepi32_ps(words), _mm256_set1_ps(factor));
+  _mm256_storeu_ps(to, _mm256_mul_ps(numbers, _mm256_loadu_ps(weights)));
+}
+inline void add_weighed_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
+  const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  const __m256 numbers = _mm256_mul_ps(_mm256_cvtepi32_ps(words), _mm256_set1_ps(factor));
+  _mm256_storeu_ps(to, _mm256_fmadd_ps(numbers, _mm256_loadu_ps(weights), _mm256_loadu_ps(to)));
+}
 template <int lanes>
 inline Vec spread_lanes(const float* p) {
   if constexpr (lanes == 8) {
@@ -116,6 +173,24 @@ inline void store_low_bytes(std::uint8_t* p, IntVec x) {
 }
 inline float half_to_float(std::uint16_t bits) {
   return f16_to_float(bits);
+}
+inline IntVec load_halves(const void* p, std::int64_t) {
+  return load_int(static_cast<const std::int32_t*>(p));
+}
+inline Vec spread_halves(const float* p, std::int64_t) {
+  return set1(*p);
+}
+inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t) {
+  return set1(half_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8)));
+}
+inline IntVec flip_signs(IntVec bytes) {
+  return bytes ^ static_cast<std::int32_t>(0x80808080U);
+}
+inline void weigh_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
+  for (int i = 0; i < 8; ++i) to[i] = factor * static_cast<float>(bytes[i]) * weights[i];
+}
+inline void add_weighed_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
+  for (int i = 0; i < 8; ++i) to[i] += factor * static_cast<float>(bytes[i]) * weights[i];
 }
 template <int lanes>
 inline Vec spread_lanes(const float* p) {
