@@ -11,6 +11,13 @@
 // segment, in exact scores, before it looks at the next one: the bar rises, fewer tiles pass. The local window grows
 // towards the beginning until what lies between is a whole number of segments.
 //
+// What the estimate costs: every pair between the two regions is a product of head_dim numbers of 4 bits. The GPUs of
+// the paper multiply those four times as fast as 16-bit floats and report about 11% of dense attention, which is two
+// such products per pair. CPUs multiply bytes at best (VNNI, AMX), twice as fast as bf16: half of half of dense, 25%,
+// is the floor of the text's algorithm here at any length; 26 to 27% are measured. Bounds that would leave pairs out
+// without multiplying them (means with radii, some channels and Cauchy-Schwarz for the others) hold too seldom in 64
+// channels and more to pay for themselves.
+//
 // Differs from the authors' code: scales are per token, as in the paper, not shared by a few rows; the second pass
 // multiplies in the precision of its inputs; products run on bytes, since CPUs multiply nothing narrower. A token with
 // NaN or Inf counts as important, and means leave channels out that such tokens spoil.
@@ -21,6 +28,7 @@
 #include "core/error.h"
 #include "core/parallel.h"
 #include "kernels/low_bit_scores.h"
+#include "methods/head_values.h"
 #include "methods/registry.h"
 #include "methods/two_phases.h"
 #include "score/plan_rows.h"
@@ -69,6 +77,7 @@ class Sale {
     std::int64_t local = 128;
     std::int64_t segment = 128;
     std::int64_t dense_below = 1025;
+    Configuration thresholds;
     void visit(ParameterList& v) {
       v("threshold", threshold, 0, 1, "least share of the exact region's softmax that a pair needs; below 1e-5: dense");
       v("form", form, {"two_pass", "one_pass"}, "compare with the anchor alone, or with all that was kept before");
@@ -77,6 +86,7 @@ class Sale {
       v("local", local, 0, kMostTokens, "keys before the query tile that are always computed, at least");
       v("segment", segment, 16, kMostTokens, "keys looked at together; a multiple of block_k");
       v("dense_below", dense_below, 0, kMostTokens, "sequences with fewer keys run dense");
+      v("thresholds", thresholds, "JSON [[threshold per query head] per layer]; replaces threshold");
     }
   };
   static MethodInfo info() {
@@ -91,7 +101,8 @@ class Sale {
             .budget = {{"threshold", 0.5, 1e-05, true}}};
   }
 
-  explicit Sale(Params params) : params_(params) {
+  explicit Sale(Params params)
+      : params_(std::move(params)), thresholds_("sale", "thresholds", params_.thresholds, {{"", 0, 1}}) {
     require(params_.block_k % kernels::kGroupKeys == 0, "sale: block_k={} is not a multiple of {}", params_.block_k,
             kernels::kGroupKeys);
     require(params_.segment % params_.block_k == 0, "sale: segment={} is not a multiple of block_k={}", params_.segment,
@@ -99,27 +110,33 @@ class Sale {
   }
 
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
-    return plan_two_phases(anchor(problem, context.run.threads), inputs, context,
-                           [&](const RowStatistics& exact) { return rest(problem, inputs, context, exact); });
+    const std::vector<double> cuts = thresholds_.of_layer(0, params_.threshold, problem, context);
+    return plan_two_phases(anchor(problem, cuts, context.run.threads), inputs, context,
+                           [&](const RowStatistics& exact) { return rest(problem, inputs, context, cuts, exact); });
   }
 
   RunReport attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
                    const PlanContext& context, Plan* executed) const {
-    return attend_two_phases(anchor(problem, context.run.threads), inputs, outputs, context, executed,
-                             [&](const RowStatistics& exact) { return rest(problem, inputs, context, exact); });
+    const std::vector<double> cuts = thresholds_.of_layer(0, params_.threshold, problem, context);
+    return attend_two_phases(anchor(problem, cuts, context.run.threads), inputs, outputs, context, executed,
+                             [&](const RowStatistics& exact) { return rest(problem, inputs, context, cuts, exact); });
+  }
+
+  void check_model(std::int64_t layers, std::int64_t q_heads, std::int64_t /*kv_heads*/) const {
+    thresholds_.check_model(layers, q_heads);
   }
 
  private:
-  Middle middle(const Problem& problem, std::int64_t sequence) const {
+  Middle middle(const Problem& problem, std::int64_t sequence, double threshold) const {
     const score::QueryTiles tiles(problem, sequence, params_.block_q, params_.block_k);
-    return {tiles, params_.local, params_.segment,
-            tiles.keys < params_.dense_below || params_.threshold < kDenseThreshold};
+    return {tiles, params_.local, params_.segment, tiles.keys < params_.dense_below || threshold < kDenseThreshold};
   }
 
-  Plan anchor(const Problem& problem, int threads) const {
+  /// The exact regions; `cuts` are the thresholds of the query heads.
+  Plan anchor(const Problem& problem, std::span<const double> cuts, int threads) const {
     score::PlanRows rows(problem, params_.block_q, params_.block_k, problem.q_heads);
     parallel_for(rows.blocks(), threads, [&](std::int64_t block, int) {
-      const Middle own = middle(problem, rows.sequence_of(block));
+      const Middle own = middle(problem, rows.sequence_of(block), cuts[rows.head_of(block)]);
       for (std::int64_t t = 0; t < own.tiles.count(); ++t) {
         score::PlanRow& row = rows.row(block, t);
         if (own.end(t) == own.begin()) {
@@ -133,21 +150,26 @@ class Sale {
     return std::move(rows).finish(threads);
   }
 
-  std::vector<EstimatedKeys> estimated_keys(const Problem& problem, const AttentionInputs& inputs, int threads) const {
+  std::vector<EstimatedKeys> estimated_keys(const Problem& problem, const AttentionInputs& inputs,
+                                            std::span<const double> cuts, int threads) const {
     const std::int64_t dim = problem.head_dim;
     const std::int64_t group = problem.group();
     const std::int64_t heads = problem.batch * problem.kv_heads;
+    const auto wanted = [&](std::int64_t i) {  // by any head that reads these keys
+      const std::span<const double> own =
+          cuts.subspan(static_cast<std::size_t>(i % problem.kv_heads * group), static_cast<std::size_t>(group));
+      return !middle(problem, i / problem.kv_heads, *std::max_element(own.begin(), own.end())).dense;
+    };
     std::vector<EstimatedKeys> all;
     for (std::int64_t i = 0; i < heads; ++i) {
-      const bool wanted = !middle(problem, i / problem.kv_heads).dense;
-      all.push_back({{}, {wanted ? problem.kv_len_of(i / problem.kv_heads) : 0, dim}, {}, {}});
+      all.push_back({{}, {wanted(i) ? problem.kv_len_of(i / problem.kv_heads) : 0, dim}, {}, {}});
       all.back().query_means.resize(static_cast<std::size_t>(group));
     }
     parallel_for(heads * (group + 1), threads, [&](std::int64_t i, int) {
       EstimatedKeys& own = all[i / (group + 1)];
       const std::int64_t s = i / (group + 1) / problem.kv_heads;
       const std::int64_t kv_head = i / (group + 1) % problem.kv_heads;
-      if (middle(problem, s).dense) return;
+      if (!wanted(i / (group + 1))) return;
       if (i % (group + 1) == group) {
         own.mean = score::mean_key(problem, inputs, s, kv_head);
       } else {
@@ -157,7 +179,7 @@ class Sale {
     });
     for (std::int64_t i = 0; i < heads; ++i) {
       const std::int64_t s = i / problem.kv_heads;
-      if (middle(problem, s).dense) continue;
+      if (!wanted(i)) continue;
       EstimatedKeys& own = all[i];
       const std::int64_t keys = problem.kv_len_of(s);
       std::vector<float> queries;
@@ -184,30 +206,30 @@ class Sale {
 
   /// The second phase: key tiles between the exact regions.
   Plan rest(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context,
-            const RowStatistics& exact) const {
+            std::span<const double> cuts, const RowStatistics& exact) const {
     const int threads = context.run.threads;
-    const std::vector<EstimatedKeys> keys = estimated_keys(problem, inputs, threads);
+    const std::vector<EstimatedKeys> keys = estimated_keys(problem, inputs, cuts, threads);
     const Isa isa = context.run.isa.value_or(default_isa());
     score::PlanRows rows(problem, params_.block_q, params_.block_k, problem.q_heads);
     rows.for_each_band(1, threads, [&](std::int64_t block, std::int64_t t, std::int64_t, int) {
       const std::int64_t s = rows.sequence_of(block);
-      const Middle own = middle(problem, s);
-      if (own.end(t) == own.begin()) return;
       const std::int64_t head = rows.head_of(block);
+      const Middle own = middle(problem, s, cuts[head]);
+      if (own.end(t) == own.begin()) return;
       const EstimatedKeys& estimated = keys[s * problem.kv_heads + head / problem.group()];
-      choose(problem, inputs, own, s, head, t, estimated, exact, isa, rows.row(block, t));
+      choose(problem, inputs, own, s, head, t, cuts[head], estimated, exact, isa, rows.row(block, t));
     });
     return std::move(rows).finish(threads);
   }
 
   void choose(const Problem& problem, const AttentionInputs& inputs, const Middle& own, std::int64_t sequence,
-              std::int64_t head, std::int64_t tile, const EstimatedKeys& keys, const RowStatistics& exact, Isa isa,
-              score::PlanRow& out) const {
+              std::int64_t head, std::int64_t tile, double threshold, const EstimatedKeys& keys,
+              const RowStatistics& exact, Isa isa, score::PlanRow& out) const {
     const std::int64_t dim = problem.head_dim;
     const std::int64_t count = own.tiles.rows(tile);
     const std::int64_t member = head % problem.group();
     const float scale = problem.softmax_scale();
-    const auto bar = static_cast<float>(std::log(params_.threshold));
+    const auto bar = static_cast<float>(std::log(threshold));
     std::vector<float> queries(static_cast<std::size_t>(count * dim));
     score::load_queries(problem, inputs, sequence, head, tile * own.tiles.tile_q, count, queries.data());
     const std::int64_t first_row = (problem.tensor_batch_of(sequence) * problem.q_heads + head) * problem.q_len +
@@ -277,6 +299,7 @@ class Sale {
   }
 
   Params params_;
+  HeadValues thresholds_;
 };
 
 }  // namespace

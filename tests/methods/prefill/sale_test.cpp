@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <filesystem>
+#include <fstream>
 
 #include "methods/attended.h"
 
@@ -267,6 +269,26 @@ TEST(Sale, BadParametersAndProblemsAreRefused) {
   EXPECT_THROW(make_method("sale:block_k=64,segment=96"), Error);
   const AttentionCase input({.name = "both", .q_len = 40, .kv_len = 40, .causal = false});
   EXPECT_THROW(make_method("sale")->plan(input.problem, input.inputs, {}), Error);
+}
+
+TEST(Sale, ThresholdsOfHeads) {
+  const AttentionCase input({.name = "heads", .q_heads = 4, .kv_heads = 2, .q_len = 300, .kv_len = 300});
+  const std::string common = "sale:dense_below=0,local=32,block_q=16,block_k=16,segment=16";
+  const std::string path = testing::TempDir() + "sale_thresholds.json";
+  std::ofstream(path) << "[[1, 0, 0, 0.2], [0, 0, 0, 0]]";
+  const auto method = make_method(common + ",thresholds=" + path);
+  const auto masks = masks_of(*method, input);
+  const std::vector<std::string> own{"1", "0", "0", "0.2"};
+  for (std::size_t head = 0; head < 4; ++head) {
+    EXPECT_TRUE(masks[head] == masks_of(common + ",threshold=" + own[head], input)[head]) << head;
+  }
+  EXPECT_FALSE(masks[0] == test::dense_masks(input)[0]);
+  EXPECT_TRUE(masks_of(*method, input, 0, 1) == test::dense_masks(input));
+  test::expect_attends_its_plan(common + ",thresholds=" + path, input);
+  EXPECT_THROW(masks_of(*method, input, 0, 2), Error);
+  std::ofstream(path) << "[[2]]";
+  EXPECT_THROW(make_method("sale:thresholds=" + path), Error) << "2 is no share";
+  std::filesystem::remove(path);
 }
 
 }  // namespace
