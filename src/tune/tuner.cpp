@@ -12,8 +12,8 @@ void TuningTask::step(std::string_view phase, double done, double total) const {
 }
 
 std::span<const TunerEntry> tuners() {
-  static const std::vector<TunerEntry> entries{duo_tuner(), minference_tuner(), moa_tuner(), razor_tuner(),
-                                               xattention_tuner()};
+  static const std::vector<TunerEntry> entries{duo_tuner(),  minference_tuner(), moa_tuner(),       razor_tuner(),
+                                               sale_tuner(), sparge_tuner(),     xattention_tuner()};
   return entries;
 }
 

@@ -75,6 +75,8 @@ TunerEntry duo_tuner();
 TunerEntry moa_tuner();
 TunerEntry razor_tuner();
 TunerEntry minference_tuner();
+TunerEntry sale_tuner();
+TunerEntry sparge_tuner();
 TunerEntry xattention_tuner();
 
 }  // namespace tessera::tune

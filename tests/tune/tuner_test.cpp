@@ -49,6 +49,8 @@ TEST(Tuners, WriteWhatTheMethodsRead) {
       {"duo", R"({"steps": 3, "passkeys": 2, "words": 2, "sink": 4, "recent": 20})"},
       {"razor", R"({"induction": 0.3})"},
       {"minference", R"({"scale": 0.1, "first_row": -1})"},
+      {"sale", R"({"dense_below": 0, "error": 0.05})"},
+      {"sparge", R"({"thetas": 1, "block_q": 32, "block_k": 16, "prompts": 2})"},
       {"xattention", R"({"form": "profile", "block": 64, "prompts": 2})"},
   };
   for (const auto& [name, text] : parameters) {
@@ -119,6 +121,8 @@ TEST(Tuners, SayWhatIsWrong) {
   EXPECT_THAT(message("minference", 700, R"({"first_row": -1, "candidates": [["block_sparse", 1, 2]]})"),
               HasSubstr("equal_cost=false"));
   EXPECT_THAT(message("xattention", 700, R"({"stride": 7})"), HasSubstr("stride=7 does not divide"));
+  EXPECT_THAT(message("sale", 700, "{}"), HasSubstr("run dense below dense_below=1025"));
+  EXPECT_THAT(message("sparge", 700, R"({"pv_l1": 0.01})"), HasSubstr("pv_l1=0.01 is not above l1=0.07"));
 }
 
 TEST(Prompts, HoldTheirPasskeysAndAsk) {
