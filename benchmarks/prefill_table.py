@@ -1,0 +1,207 @@
+#!/usr/bin/env python3
+"""The table of the prefill methods: what each keeps, loses and costs, on generated heads and on those of a model.
+
+    benchmarks/prefill_table.py build/release/bin/tessera [--lengths 8192:8,32768:2] [--long 131072:1] [--out FILE]
+
+`tessera compare` runs every method at its published defaults on the archetypes of docs/data.md, on what the embedded
+model attends to when it reads the documentation, and at the length of --long each on the archetype that it was designed
+for. A length is followed by its number of query heads: at four times the tokens a head costs sixteen times as much. Rows
+are kept in --state, so that an interrupted run goes on; --out gets them as Markdown beside what the papers claim.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MODEL = ROOT / "models" / "tessera-bytes"
+ARCHETYPES = ("sink-band", "power-law", "vertical-slash", "blocks", "retrieval")
+
+
+@dataclasses.dataclass
+class Method:
+    """A row: SPEC, the archetype that the method was designed for, the claim of its paper, and why ours differs."""
+
+    spec: str
+    home: str
+    claim: str
+    why: str
+
+    @property
+    def name(self):
+        return self.spec.partition(":")[0]
+
+
+METHODS = (
+    Method("minference", "vertical-slash", "up to 10x faster prefill at 1M tokens on an A100",
+           "6,096 distances stand for most of 32k keys; the share falls with length"),
+    Method("flexprefill", "vertical-slash", "better accuracy at equal speed than MInference",
+           "gamma decides, and heads here are less sparse than those of trained models at 128k"),
+    Method("xattention", "blocks", "up to 13.5x attention at 256k on an A100",
+           "scores cost 1/stride of a dense kernel in float32, which a CPU multiplies at half the rate of bf16"),
+    Method("sale", "sink-band", "at least 3.36x beyond 64k; estimates take about 11% of dense",
+           "no CPU multiplies 4-bit numbers faster than bytes: estimates take 26% of dense"),
+    Method("anchor-stripe", "vertical", "1.44x over the previous best at 128k, up to 4.6x over dense",
+           "gathered keys are packed for every tile of queries"),
+    Method("proxyattn", "power-law", "up to 10.3x attention, 2.4x prefill",
+           "one proxy stands for as many heads as the call has: few here, 32 in the paper"),
+    Method("pbs", "vertical", "up to 2.75x end to end",
+           "its own segment of 256 keys and the sinks are the floor of what is kept"),
+    Method("dhsa", "blocks", "20 to 60% less prefill latency",
+           "a fixed number of keys per tile: the share falls with length"),
+    Method("hip:dense_layers=none", "power-law", "large prefill latency cuts, O(T log T)",
+           "the first 3 mask_k (log2(T / mask_k / 2) + 1) queries run dense; 512 scattered keys are gathered"),
+    Method("token-sparse:layers=all", "vertical", "up to 3.23x attention at 128k",
+           "it drops half a percent of the mass, which these heads spread over many tokens"),
+    Method("delta-llm", "power-law", "60% of the score multiplications left out, no time claimed",
+           "multiplications that are left out one by one do not pay on vector units"),
+    Method("seer", "blocks", "5.67x over FlashAttention-2 at 90% sparsity, 32k",
+           "the gate here is not trained, so that its choice is chance"),
+    Method("hyper", "blocks-scattered", "5x on a single causal layer at 131k",
+           "block and sample sizes are the paper's; error follows from sampling, not from a choice"),
+    Method("sparge", "blocks", "2.5x to 5x",
+           "at theta 0.6 few tiles of these heads are alike enough to be predicted; `tune sparge` finds theta per head"),
+    Method("tri-shape", "sink-band", "the cost of an A-shape, first turn kept", "3,968 local keys are the floor"),
+    Method("oracle-topk:rule=topp,p=0.95", "blocks", "no method: the best tiles by exact mass", ""),
+)
+
+
+def run_json(command):
+    """What a command prints."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if result.returncode != 0:
+        lines = result.stderr.decode().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"exit {result.returncode}")
+    return json.loads(result.stdout)
+
+
+def cases(options, folder):
+    """(label, methods, arguments of compare)."""
+    shape = ["--kv-heads", "1", "--dim", "128", "--dtype", "bf16"]
+    for pair in options.lengths.split(","):
+        length, _, heads = pair.partition(":")
+        for archetype in ARCHETYPES:
+            yield (f"{archetype} {length}", METHODS,
+                   [*shape, "--heads", heads or "1", "--lengths", length, "--data", archetype])
+    if not options.no_model:
+        qkv = folder / "layers.safetensors"
+        prompt = folder / "prompt.txt"
+        text = b"".join(file.read_bytes() for file in sorted((ROOT / "docs").glob("*.md")))
+        prompt.write_bytes(text[:options.model_tokens])
+        run_json([options.binary, "run", "--model", MODEL, "--prompt", prompt, "-n", "1", "--json", "--dump-qkv", qkv,
+                  "--dump-layers", "0+1+3"])
+        yield f"model {options.model_tokens}", tuple(m for m in METHODS if m.name != "seer"), ["--qkv", qkv, "--causal"]
+    if options.long:
+        length, _, heads = options.long.partition(":")
+        for archetype in sorted({method.home for method in METHODS}):
+            yield (f"{archetype} {length}", [method for method in METHODS if method.home == archetype],
+                   [*shape, "--heads", heads or "1", "--lengths", length, "--data", archetype])
+
+
+def measure(options):
+    """Rows of all cases, one run per (case, method), read from and written to the state."""
+    state = json.loads(options.state.read_text()) if options.state.is_file() else {}
+    prefix = shlex.split(options.prefix)
+    with tempfile.TemporaryDirectory() as folder:
+        for label, methods, arguments in cases(options, pathlib.Path(folder)):
+            wanted = [method for method in methods if f"{label} | {method.spec}" not in state]
+            together = 1 if len(methods) < len(METHODS) - 1 else options.together
+            for first in range(0, len(wanted), together):
+                part = wanted[first:first + together]
+                print(f"{label}: {', '.join(method.name for method in part)}", file=sys.stderr, flush=True)
+                report = run_json([*prefix, options.binary, "compare", "--methods", ",".join(m.spec for m in part),
+                                   *arguments, "--densities", "1", "--repeats", str(options.repeats), "--query-blocks", "4",
+                                   "--threads", str(options.threads), "--json"])
+                for row in report["rows"]:
+                    if row["target_density"] is None:
+                        state[f"{label} | {row['spec']}"] = row
+                for skipped in report["skipped"]:
+                    print(f"  left out: {skipped}", file=sys.stderr)
+                options.state.write_text(json.dumps(state, indent=1))
+    return state
+
+
+def mass_of(row):
+    """Share of dense probability that is computed; none for methods that estimate scores or denominators."""
+    return None if row["method"] in ("delta-llm", "hyper") else (row.get("error") or {}).get("softmax_mass")
+
+
+def number(value, digits=3):
+    """A cell; what a method does not have stays empty."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def table(state, label):
+    """The rows of one case as Markdown."""
+    lines = ["| method | density | mass | relative L2 error | selection / dense | speed-up |", "|---|---|---|---|---|---|"]
+    for method in METHODS:
+        row = state.get(f"{label} | {method.spec}")
+        if row is None:
+            continue
+        error = row.get("error") or {}
+        lines.append(f"| `{method.spec}` | {number(row['density'])} | {number(mass_of(row))} | {number(error.get('rel_l2'))} | "
+                     f"{number(row['selection_share'])} | {number(row['speed_up'], 2)} |")
+    return "\n".join(lines)
+
+
+def markdown(options, state):
+    """docs/prefill-results.md."""
+    labels = list(dict.fromkeys(key.partition(" | ")[0] for key in state))
+    home = {f"{method.home} {options.long.partition(':')[0]}" for method in METHODS}
+    text = ["# Prefill methods: what they keep, lose and cost", "",
+            "Written by `benchmarks/prefill_table.py` from `tessera compare` ([comparing.md](comparing.md) says what the "
+            "columns mean): every method at its published defaults, head dim 128, bf16, one kv head, query heads as named.",
+            "`mass` is the share of dense softmax probability that is computed, the mean over all rows; it is empty for "
+            "methods that estimate scores or denominators. `selection / dense` is the time of choosing over that of "
+            "dense attention in the same run, `speed-up` dense over choosing plus running.", ""]
+    if options.note:
+        text += [options.note, ""]
+    for label in labels:
+        if label in home:
+            continue
+        archetype, _, length = label.partition(" ")
+        source = "What three layers of the embedded model attend to" if archetype == "model" else f"`{archetype}`"
+        text += [f"## {source}, {int(length):,} tokens", "", table(state, label), ""]
+    claimed = [(method, state.get(f"{method.home} {options.long.partition(':')[0]} | {method.spec}")) for method in METHODS]
+    if options.long and any(row for _, row in claimed):
+        text += [f"## {int(options.long.partition(':')[0]):,} tokens, each method at home, beside its paper", "",
+                 "| method | archetype | density | mass | selection / dense | speed-up | the paper | why it differs |",
+                 "|---|---|---|---|---|---|---|---|"]
+        for method, row in claimed:
+            if row is None:
+                continue
+            text.append(f"| `{method.spec}` | {method.home} | {number(row['density'])} | {number(mass_of(row))} | "
+                        f"{number(row['selection_share'])} | {number(row['speed_up'], 2)} | {method.claim} | {method.why} |")
+        text.append("")
+    return "\n".join(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("binary", type=pathlib.Path)
+    parser.add_argument("--lengths", default="8192:8,32768:2", help="tokens:query heads, ...")
+    parser.add_argument("--long", default="131072:1", help="tokens:query heads of the comparison with papers; empty: none")
+    parser.add_argument("--model-tokens", type=int, default=8192)
+    parser.add_argument("--no-model", action="store_true", help="leave the embedded model out")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--together", type=int, default=4, help="methods per run of tessera")
+    parser.add_argument("--prefix", default="", help="command put before every run, to wait for a quiet machine")
+    parser.add_argument("--state", type=pathlib.Path, default=pathlib.Path("prefill_table.json"))
+    parser.add_argument("--out", type=pathlib.Path, help="Markdown file")
+    parser.add_argument("--note", default="", help="a line about the machine")
+    options = parser.parse_args()
+    text = markdown(options, measure(options))
+    if options.out:
+        options.out.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
