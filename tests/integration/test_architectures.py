@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,6 @@ def test_methods_run_everywhere(tessera: Path, checkpoint: Checkpoint, tmp_path:
 
 def test_unknown_architecture(tessera: Path, tmp_path: Path) -> None:
     """The message names it and lists those there are."""
-    import subprocess
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     (tmp_path / "prompt").write_text("x")
     done = subprocess.run([tessera, "run", "--model", tmp_path, "--prompt", tmp_path / "prompt"], capture_output=True,
