@@ -80,6 +80,7 @@ def main():
                 for name, implementation in names.items():
                     model.set_attn_implementation(implementation)
                     taken, logits[name] = prefill(model, tokens)
+                    print(f"{length} tokens, turn {turn}, {name}: {taken:.0f} ms", file=sys.stderr, flush=True)
                     if turn or options.repeats == 0:
                         samples[name].append(taken)
             expected = logits["sdpa"].float()
