@@ -48,7 +48,7 @@ double largest_difference(const std::vector<float>& a, const std::vector<float>&
 
 TEST(Int8Cache, StaysNearAndIsSmaller) {
   const Loaded loaded({.head_dim = 32});
-  for (const char* method : {"dense", "streaming:n_init=16,n_local=200", "quest:dense_layers=0,budget=4096"}) {
+  for (const char* method : {"dense", "window:left=199", "quest:dense_layers=0,budget=4096"}) {
     SessionOptions options;
     options.prefill = make_method(method);
     std::size_t exact_bytes = 0;
@@ -73,7 +73,7 @@ TEST(Int8Cache, DenseDecodingFromCodesEqualsWidenedRows) {
   codes.kv_dtype = CacheType::i8;
   SessionOptions widened = codes;
   // The same attention by another name, which reads rows.
-  widened.decode = make_method("streaming:n_init=0,n_local=4096");
+  widened.decode = make_method("window:left=4095");
   EXPECT_LT(largest_difference(logits_of(*loaded.model, codes, 150), logits_of(*loaded.model, widened, 150)), 2e-3);
 }
 
