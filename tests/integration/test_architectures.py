@@ -91,7 +91,7 @@ def test_greedy_tokens(tessera: Path, checkpoint: Checkpoint, tmp_path: Path) ->
     assert report["tokens"] == expected
 
 
-@pytest.mark.parametrize("method", ["streaming:n_init=4,n_local=24", "xattention:tau=0.5,stride=4,block=16"])
+@pytest.mark.parametrize("method", ["tri-shape:n_init=4,n_local=24,n_last=0", "xattention:tau=0.5,stride=4,block=16"])
 def test_methods_run_everywhere(tessera: Path, checkpoint: Checkpoint, tmp_path: Path, method: str) -> None:
     """Sparse methods run the prompt of every architecture, and read less."""
     report, logits = run(tessera, checkpoint, prompt_of(700), tmp_path, "-n", "2", "--method", method, "--max-length",

@@ -68,7 +68,7 @@ struct Tensors {
 TEST(LayerMethodTest, IntersectsThePlanWithTheWindow) {
   const Problem problem = problem_of_rows(400, 400);
   const Tensors tensors(problem);
-  const auto method = make_method("tri-shape:n_init=100,n_local=200,n_last=0");
+  const auto method = make_method("streaming:n_init=100,n_local=200");
   const LayerMethod within(*method, 250, 0);
   const auto mask = dense_mask(within.plan(problem, tensors.inputs, {}));
   for (std::int64_t row = 0; row < 400; ++row) {
@@ -84,7 +84,7 @@ TEST(LayerMethodTest, KeepsTheNearestKeysOfTheWindow) {
   // Far from the sinks nothing that this method chooses but 1 key lies within the window.
   const Problem problem = problem_of_rows(300, 300);
   const Tensors tensors(problem);
-  const auto method = make_method("tri-shape:n_init=4,n_local=1,n_last=0");
+  const auto method = make_method("streaming:n_init=4,n_local=1");
   const auto mask = dense_mask(LayerMethod(*method, 100, 0).plan(problem, tensors.inputs, {}));
   for (std::int64_t row = 0; row < 300; ++row) {
     for (std::int64_t key = 0; key <= row; ++key) {

@@ -34,7 +34,7 @@ Plan window_plan(const Problem& problem, std::int64_t window, std::int64_t tile_
 Plan LayerMethod::plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
   if (!limits(problem)) return inner_.plan(problem, inputs, context);
   const MethodInfo& info = inner_.info();
-  const bool selects = info.name != "dense" && info.has_plan && !info.own_cache && inner_.runs_its_plan();
+  const bool selects = info.name != "dense" && info.has_plan && inner_.runs_its_plan();
   if (!selects) return window_plan(problem, window_, kTile, kTile);
   Plan chosen = inner_.plan(problem, inputs, context);
   if (chosen.sources.size() > 1 || !chosen.query_order.empty() || !chosen.key_order.empty()) {

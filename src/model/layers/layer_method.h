@@ -14,8 +14,8 @@ Plan window_plan(const Problem& problem, std::int64_t window, std::int64_t tile_
 
 /// Hands calls on to a method while the window holds every key. Beyond that a layer runs the method's plan intersected
 /// with the window, and always the nearest 64 keys of it; the window alone where a method's output is more than its
-/// plan (branches, corrections, recurrences), where it keeps its own cache, and where its plan reorders tokens or names
-/// derived keys.
+/// plan (branches, corrections, recurrences), and where its plan reorders tokens or names derived keys. Layers with
+/// windows keep every token, whatever cache the method has.
 class LayerMethod final : public Method {
  public:
   /// `inner` must outlive the object. `window` 0: all keys; `softcap` 0: none.
