@@ -19,6 +19,7 @@ namespace {
 
 nb::dict to_dict(const ModelConfig& c) {
   nb::dict result;
+  result["architecture"] = c.architecture;
   result["vocab_size"] = c.vocab_size;
   result["hidden_size"] = c.hidden_size;
   result["intermediate_size"] = c.intermediate_size;
@@ -27,7 +28,7 @@ nb::dict to_dict(const ModelConfig& c) {
   result["kv_heads"] = c.kv_heads;
   result["head_dim"] = c.head_dim;
   result["max_positions"] = c.max_positions;
-  result["rope_theta"] = c.rope_theta;
+  result["rope_theta"] = c.rope.theta;
   result["norm_epsilon"] = c.norm_epsilon;
   result["tied_head"] = c.tied_head;
   result["bos_token"] = nb::cast(c.bos_token);
@@ -90,8 +91,7 @@ void bind_session(nb::module_& module) {
             SessionOptions wanted;
             if (prefill != nullptr) wanted.prefill = prefill->method;
             if (decode != nullptr) wanted.decode = decode->method;
-            wanted.kv_dtype = dtype_from_name(kv_dtype);
-            require(is_attention_dtype(wanted.kv_dtype), "kv_dtype is {}; expected f32, bf16 or f16", kv_dtype);
+            wanted.kv_dtype = cache_type_from_name(kv_dtype);
             wanted.chunk = chunk;
             wanted.capacity = capacity;
             wanted.run = options.run();

@@ -102,7 +102,7 @@ class Session:
         Args:
             method: of prefill, and of decoding if it supports that; None: dense.
             decode_method: of decoding; owns the cache.
-            kv_dtype: "f32", "bf16" or "f16", in the cache.
+            kv_dtype: "f32", "bf16", "f16" or "i8", in the cache.
             chunk: tokens per prefill chunk; 0: the whole prompt; None: the whole prompt while activations fit in 1 GiB.
             capacity: longest sequence; 0: that of the model.
             on_plan: receives (layer, plan) of everything that prefill ran.

@@ -17,7 +17,7 @@ CacheType cache_type_from_name(std::string_view name) {
   for (std::size_t i = 0; i < kNames.size(); ++i) {
     if (kNames[i] == name) return static_cast<CacheType>(i);
   }
-  fail("key/value type '{}' is not known; expected f32, bf16, f16 or i8", name);
+  fail("kv_dtype is '{}'; expected f32, bf16, f16 or i8", name);
 }
 
 }  // namespace tessera
