@@ -59,7 +59,7 @@ class Decoder {
  private:
   void project_inputs(std::int64_t layer_index, LayerCache& cache, const AttentionCall& call);
   void attend(std::int64_t layer_index, LayerCache& cache, const AttentionCall& call, double& attention_ms);
-  void finish_layer(std::int64_t layer_index, const ProductOptions& products);
+  void finish_layer(std::int64_t layer_index, const ProductOptions& options);
   ProductOptions products(const RunOptions& run, bool exact) {
     return {.threads = run.threads, .exact = exact, .isa = run.isa, .scratch = &scratch_};
   }
