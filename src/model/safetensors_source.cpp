@@ -77,7 +77,7 @@ class SafetensorsSource final : public TensorSource {
     for (const auto& [name, file] : by_name_) {
       const bool known = used_.contains(name) || name.ends_with(".rotary_emb.inv_freq") ||
                          std::any_of(harmless.begin(), harmless.end(),
-                                     [&](const std::string& start) { return name.starts_with(start); });
+                                     [&tensor = name](const std::string& start) { return tensor.starts_with(start); });
       require(known, "{}: tensor '{}' has no place in the model that config.json describes", files_[file].name(), name);
     }
   }
