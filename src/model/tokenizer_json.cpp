@@ -124,7 +124,8 @@ class Reader {
     for (const text::AddedToken& token : parts_->added) {
       const auto at = static_cast<std::size_t>(token.id);
       const bool taken = at < parts_->kinds.size() && parts_->kinds[at] != Parts::Kind::unused;
-      require(!taken || parts_->tokens[at] == token.content,
+      if (!taken) continue;  // an argument of a message is read whether or not it is shown
+      require(parts_->tokens[at] == token.content,
               "{}: id {} is '{}' in the vocabulary and '{}' among the added tokens", name_, token.id,
               shortened(parts_->tokens[at]), shortened(token.content));
     }
