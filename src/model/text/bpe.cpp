@@ -33,7 +33,7 @@ std::vector<std::int32_t> byte_token_ids(const IdOfToken& ids) {
 
 MergeTable::MergeTable(std::size_t expected) : mask_(15) {
   while (mask_ + 1 < 2 * expected) mask_ = 2 * mask_ + 1;
-  keys_.assign(mask_ + 1, kEmpty);
+  keys_.assign(mask_ + 1, empty_key);
   merges_.resize(mask_ + 1);
 }
 
@@ -41,15 +41,15 @@ void MergeTable::set(std::int32_t left, std::int32_t right, Merge merge) {
   if (2 * (used_ + 1) > mask_) {
     MergeTable larger(2 * (used_ + 1));
     for (std::size_t i = 0; i < keys_.size(); ++i) {
-      if (keys_[i] == kEmpty) continue;
+      if (keys_[i] == empty_key) continue;
       larger.set(static_cast<std::int32_t>(keys_[i] >> 32), static_cast<std::int32_t>(keys_[i]), merges_[i]);
     }
     *this = std::move(larger);
   }
   const std::uint64_t key = key_of(left, right);
   std::size_t place = place_of(key);
-  while (keys_[place] != key && keys_[place] != kEmpty) place = (place + 1) & mask_;
-  if (keys_[place] == kEmpty) ++used_;
+  while (keys_[place] != key && keys_[place] != empty_key) place = (place + 1) & mask_;
+  if (keys_[place] == empty_key) ++used_;
   keys_[place] = key;
   merges_[place] = merge;
 }

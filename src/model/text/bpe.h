@@ -29,12 +29,12 @@ class MergeTable {
     const std::uint64_t key = key_of(left, right);
     for (std::size_t place = place_of(key);; place = (place + 1) & mask_) {
       if (keys_[place] == key) return &merges_[place];
-      if (keys_[place] == kEmpty) return nullptr;
+      if (keys_[place] == empty_key) return nullptr;
     }
   }
 
  private:
-  static constexpr std::uint64_t kEmpty = ~std::uint64_t{0};  // no pair of ids from 0 on
+  static constexpr std::uint64_t empty_key = ~std::uint64_t{0};  // no pair of ids from 0 on
   static std::uint64_t key_of(std::int32_t left, std::int32_t right) {
     return static_cast<std::uint64_t>(static_cast<std::uint32_t>(left)) << 32 | static_cast<std::uint32_t>(right);
   }
