@@ -36,7 +36,7 @@ using eval::EvaluationSummary;
 using OrderedJson = nlohmann::ordered_json;
 
 /// Of the cache; 8-bit codes without the steps beside them.
-std::size_t bytes_per_number(CacheType type) {
+double bytes_per_number(CacheType type) {
   if (type == CacheType::i8) return 1;
   return type == CacheType::f32 ? 4 : 2;
 }
@@ -75,6 +75,7 @@ OrderedJson to_json(const EvaluationSummary& summary, const std::optional<eval::
           {"difference", optional(summary.difference, [](const eval::Estimate& x) { return to_json(x); })},
           {"gold_bits", optional(summary.gold_bits, [](double x) { return OrderedJson(x); })},
           {"density", summary.density},
+          {"decode_density", summary.decode_density},
           {"prefill_ms", summary.prefill_ms},
           {"decode_ms", summary.decode_ms},
           {"cache_mb", summary.cache_mb},
@@ -119,8 +120,10 @@ class Evaluation {
   void run() {
     const Model model = Model::load(options_.model, options_.run.threads);
     config_ = model.config();
+    costs_.bytes_per_element = bytes_per_number(kv_dtype_of(options_.kv_dtype));
+    costs_.weight_bytes = model.decoded_weight_bytes();
     const int threads = thread_count(options_.run.threads);
-    rates_ = {kernels::measure_peak_gflops(isa_, DType::f32, threads), kernels::measure_read_bandwidth(threads)};
+    costs_.rates = {kernels::measure_peak_gflops(isa_, DType::f32, threads), kernels::measure_read_bandwidth(threads)};
     if (!options_.text.empty()) text_.emplace(options_.text);
     const double total =
         static_cast<double>(tasks_.size() * lengths_.size() * specs_.size()) * static_cast<double>(options_.samples);
@@ -149,12 +152,11 @@ class Evaluation {
                          {"complete", !interrupted()}};
     document["isa"] = name_of(isa_);
     document["threads"] = thread_count(options_.run.threads);
-    document["peak_gflops"] = rates_.gflops;
-    document["peak_gbps"] = rates_.gbps;
+    document["peak_gflops"] = costs_.rates.gflops;
+    document["peak_gbps"] = costs_.rates.gbps;
     document["results"] = OrderedJson::array();
     for (const EvaluationSummary& summary : eval::summarise(results_)) {
-      document["results"].push_back(to_json(
-          summary, eval::predicted_times(summary, config_, bytes_per_number(kv_dtype_of(options_.kv_dtype)), rates_)));
+      document["results"].push_back(to_json(summary, eval::predicted_times(summary, config_, costs_, phase_)));
     }
     return document;
   }
@@ -164,6 +166,7 @@ class Evaluation {
     SessionOptions options = eval::session_options_of(spec, phase_);
     options.kv_dtype = kv_dtype_of(options_.kv_dtype);
     options.run = run_options_of(options_.run);
+    options.count_decoding = phase_ != EvaluationPhase::prefill;
     options.cancelled = [] { return interrupted(); };
     return options;
   }
@@ -211,7 +214,7 @@ class Evaluation {
   ResultLog log_;
   Isa isa_;
   ModelConfig config_;
-  eval::MachineRates rates_;  ///< of float32 products, as the matrices of the model take them
+  eval::EvaluationCosts costs_;  ///< rates of float32 products
   std::optional<MappedFile> text_;
   std::vector<EvaluationResult> results_;
   ProgressLine progress_;

@@ -83,6 +83,9 @@ struct MethodInfo {
   Phases phases;
   Domain domain = {};
   std::optional<BudgetParameter> budget = {};
+  /// The parameter that says of how many tokens decoding looks at one representative, before it reads the best of them;
+  /// empty: decoding searches nothing, or looks at every token.
+  std::string search_block = {};
   std::vector<SideInputInfo> side = {};  ///< what AttentionInputs::side may or must hold
   bool has_plan = true;                  ///< false: a recurrence; plan() throws and attend() executes no plan
   bool own_cache = false;  ///< keeps keys and values its own way (Method::new_cache); filled in by the registry

@@ -166,6 +166,8 @@ class Model {
   const ModelConfig& config() const;
   /// Heap bytes of the weights (mapped ones not counted).
   std::size_t weight_bytes() const;
+  /// Bytes of the matrices that one decoded token reads, in the form of the files: of the experts those chosen.
+  double decoded_weight_bytes() const;
 
   /// Token ids of a text, preceded by the beginning-of-sequence token if the model's files put one and it is wanted.
   /// Names of special tokens in the text are text. Ill-formed UTF-8 becomes U+FFFD, except in byte-level vocabularies
@@ -212,6 +214,8 @@ struct SessionOptions {
   /// Multiply bf16 weights with float32 activations. Otherwise prefill rounds activations to bf16 where the machine has
   /// products of bf16, which is about twice as fast.
   bool exact_products = false;
+  /// Count the pairs that decoding computes: statistics of a plan per token and layer, which decode_ms leaves out.
+  bool count_decoding = false;
   RunOptions run = {};
   /// Receives each plan that prefill ran, in order of chunks and layers.
   std::function<void(std::int64_t layer, const Plan& plan)> on_plan = {};
@@ -237,9 +241,13 @@ struct SessionStatistics {
   std::int64_t decode_tokens = 0;
   double planned_pairs = 0;  ///< of prefill, over all layers and query heads
   double allowed_pairs = 0;
+  double decode_planned_pairs = 0;  ///< the same of decoding, if it is counted (SessionOptions::count_decoding)
+  double decode_allowed_pairs = 0;
   std::size_t cache_peak_bytes = 0;  ///< most that the cache held at once
   /// Share of the allowed pairs that prefill computed.
   double density() const { return allowed_pairs > 0 ? planned_pairs / allowed_pairs : 0; }
+  /// Share of the pairs of new tokens and all before them that decoding computed; 0 where it was not counted.
+  double decode_density() const { return decode_allowed_pairs > 0 ? decode_planned_pairs / decode_allowed_pairs : 0; }
 };
 
 /// One sequence in a model: cache, method state, statistics. Not thread-safe; the model must outlive it.

@@ -33,6 +33,7 @@ eval::EvaluationResult ask_one(const std::shared_ptr<const Model>& model, const 
                                const eval::EvaluationPoint& point) {
   SessionOptions options = eval::session_options_of(point.method, questions.phase);
   options.capacity = point.length + 1;
+  options.count_decoding = questions.phase != eval::EvaluationPhase::prefill;
   options.cancelled = [] {
     const nb::gil_scoped_acquire acquire;
     return PyErr_CheckSignals() != 0;
@@ -78,6 +79,7 @@ nb::dict to_dict(const eval::EvaluationSummary& summary) {
   result["difference"] = summary.difference ? nb::object(to_tuple(*summary.difference)) : nb::none();
   result["gold_bits"] = nb::cast(summary.gold_bits);
   result["density"] = summary.density;
+  result["decode_density"] = summary.decode_density;
   result["prefill_ms"] = summary.prefill_ms;
   result["decode_ms"] = summary.decode_ms;
   result["cache_mb"] = summary.cache_mb;

@@ -60,6 +60,9 @@ class Evaluation(NamedTuple):
     """To dense attention on the same samples, where that was among the methods."""
     gold_bits: float | None
     density: float
+    """Of prefill."""
+    decode_density: float
+    """Of decoding; 0 in the phase prefill, where it is not counted."""
     prefill_ms: float
     decode_ms: float
     cache_mb: float

@@ -17,15 +17,7 @@ double token_elements(const ModelConfig& config) {
 /// The matrices, for all generated tokens of all trials.
 Cost weights_cost(const ModelConfig& config, const Decoding& run) {
   const double weights = weights_per_token(config) + head_weights(config);
-  return {2 * weights * run.generated * run.trials, weights * run.bytes_per_weight * run.generated};
-}
-
-/// Sum over the steps t of min(budget, C + t), as an integral.
-double tokens_read(const Decoding& run, double budget) {
-  const double all = (2 * run.context + run.generated) * run.generated / 2;
-  if (run.context + run.generated <= budget) return all;
-  const double room = std::max(0.0, budget - run.context);
-  return budget * run.generated - room * room / 2;
+  return {2 * weights * run.generated * run.trials, run.weight_bytes * run.generated};
 }
 
 }  // namespace
@@ -35,8 +27,13 @@ double weights_per_token(const ModelConfig& config) {
   const auto dim = static_cast<double>(config.head_dim);
   const double projections = hidden * static_cast<double>(config.q_heads + 2 * config.kv_heads) * dim +
                              static_cast<double>(config.q_heads) * dim * hidden;
-  return static_cast<double>(config.layers) *
-         (projections + 3 * hidden * static_cast<double>(config.intermediate_size));
+  const double plain = 3 * hidden * static_cast<double>(config.intermediate_size);
+  const ExpertsConfig& experts = config.experts;
+  const double mixed = hidden * static_cast<double>(experts.count + 3 * experts.chosen * experts.intermediate_size);
+  double weights = 0;
+  for (std::int64_t layer = 0; layer < config.layers; ++layer)
+    weights += projections + (config.layer(layer).experts ? mixed : plain);
+  return weights;
 }
 
 double head_weights(const ModelConfig& config) {
@@ -57,21 +54,29 @@ Cost decode_cost(const ModelConfig& config, const Decoding& run) {
   return cost;
 }
 
-Cost decode_cost_top_k(const ModelConfig& config, const Decoding& run, double budget) {
-  Cost cost = weights_cost(config, run);
-  const double tokens = run.trials * tokens_read(run, budget);
-  cost.flops += pair_flops(config) * tokens;
-  cost.bytes += token_elements(config) * run.bytes_per_element * tokens;
-  return cost;
+double dense_tokens(const Decoding& run) {
+  return (2 * run.context + run.generated) * run.generated / 2;
 }
 
-Cost decode_cost_blocks(const ModelConfig& config, const Decoding& run, double budget, double block) {
-  Cost cost = decode_cost_top_k(config, run, budget);
-  const double own = run.generated * run.generated / 2;
-  // One key per block and no value: half of what a token costs.
-  cost.flops += run.trials * pair_flops(config) / 2 * (run.context * run.generated + own) / block;
-  cost.bytes +=
-      token_elements(config) / 2 * run.bytes_per_element * (run.context * run.generated + run.trials * own) / block;
+// The sum over the steps t of min(budget, C + t), as an integral.
+double top_k_tokens(const Decoding& run, double budget) {
+  if (run.context + run.generated <= budget) return dense_tokens(run);
+  const double room = std::max(0.0, budget - run.context);
+  return budget * run.generated - room * room / 2;
+}
+
+Cost decode_cost_selected(const ModelConfig& config, const Decoding& run, double tokens, double block) {
+  Cost cost = weights_cost(config, run);
+  const double read = run.trials * tokens;
+  cost.flops += pair_flops(config) * read;
+  cost.bytes += token_elements(config) * run.bytes_per_element * read;
+  if (block > 0) {
+    const double own = run.generated * run.generated / 2;
+    // One key per block and no value: half of what a token costs.
+    cost.flops += run.trials * pair_flops(config) / 2 * (run.context * run.generated + own) / block;
+    cost.bytes +=
+        token_elements(config) / 2 * run.bytes_per_element * (run.context * run.generated + run.trials * own) / block;
+  }
   return cost;
 }
 

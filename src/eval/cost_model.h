@@ -31,7 +31,8 @@ struct Cost {
   }
 };
 
-/// Weights of the matrices that every token passes: projections and feed-forward of all layers.
+/// Weights of the matrices that every token passes: projections and feed-forward of all layers, of experts those
+/// chosen.
 double weights_per_token(const ModelConfig& config);
 /// Weights of the output head.
 double head_weights(const ModelConfig& config);
@@ -46,14 +47,17 @@ struct Decoding {
   double generated = 0;  ///< G: tokens of each answer
   double trials = 1;
   double bytes_per_element = 2;
-  /// Bytes of one weight; 0 leaves reading the weights out, as the paper does for large batches.
-  double bytes_per_weight = 0;
+  /// Bytes of the weights that a step reads; 0 leaves them out, as the paper does for large batches.
+  double weight_bytes = 0;
 };
 Cost decode_cost(const ModelConfig& config, const Decoding& run);
-/// Each step reads at most `budget` tokens. Selections differ between trials, so that nothing is shared.
-Cost decode_cost_top_k(const ModelConfig& config, const Decoding& run, double budget);
-/// The same with a search over one representative of every `block` tokens. The quadratic term of the paper's own
-/// program for top-k is added where it must be subtracted; here it is subtracted.
-Cost decode_cost_blocks(const ModelConfig& config, const Decoding& run, double budget, double block);
+/// Tokens that one trial reads in all steps together, of those that dense attention reads.
+double dense_tokens(const Decoding& run);
+/// The same where each step reads at most `budget` tokens. The quadratic term of the paper's own program for top-k is
+/// added where it must be subtracted; here it is subtracted.
+double top_k_tokens(const Decoding& run, double budget);
+/// Each trial reads so many tokens in all steps together; selections differ between trials, so that nothing is shared.
+/// With `block` > 0 they are found by a search over one representative of every so many tokens.
+Cost decode_cost_selected(const ModelConfig& config, const Decoding& run, double tokens, double block = 0);
 
 }  // namespace tessera::eval

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "io/json.h"
 #include "tessera/method.h"
 
 namespace tessera::eval {
@@ -61,9 +62,17 @@ void feed_gold(Session& session, const TaskSample& sample, std::span<const float
   result.gold_bits = counted > 0 ? bits / counted : 0;
 }
 
+/// Tokens per representative of a method's search when it decodes; 0: it does not search.
+double search_block_of(const std::string& spec) {
+  const std::unique_ptr<const Method> method = make_method(spec);
+  const std::string& parameter = method->info().search_block;
+  return parameter.empty() ? 0 : get<double>(parse_json(method->parameters(), spec), parameter, spec);
+}
+
 void note_session(const Session& session, EvaluationResult& result) {
   const SessionStatistics& statistics = session.statistics();
   result.density = statistics.density();
+  result.decode_density = statistics.decode_density();
   result.prefill_ms = statistics.prefill_ms;
   result.decode_ms = statistics.decode_ms;
   result.prompt_tokens = statistics.prefill_tokens;
@@ -154,15 +163,19 @@ EvaluationResult measure_perplexity(Session& session, std::string_view text, std
 }
 
 std::optional<PredictedTimes> predicted_times(const EvaluationSummary& summary, const ModelConfig& config,
-                                              std::size_t bytes_per_element, const MachineRates& rates) {
+                                              const EvaluationCosts& costs, EvaluationPhase phase) {
   if (summary.kept_tokens <= 0) return {};
-  const auto bytes = static_cast<double>(bytes_per_element);
   const Decoding decoding{.context = summary.prompt_tokens,
                           .generated = summary.decode_tokens,
-                          .bytes_per_element = bytes,
-                          .bytes_per_weight = sizeof(float)};
-  return PredictedTimes{prefill_cost(config, summary.prompt_tokens, summary.density, bytes).milliseconds(rates),
-                        decode_cost_top_k(config, decoding, summary.kept_tokens).milliseconds(rates)};
+                          .bytes_per_element = costs.bytes_per_element,
+                          .weight_bytes = costs.weight_bytes};
+  // Caches that evict, and recurrences, are known by what they hold at the end.
+  const double selected = summary.decode_density > 0 ? summary.decode_density * dense_tokens(decoding)
+                                                     : top_k_tokens(decoding, summary.kept_tokens);
+  const double block = phase == EvaluationPhase::prefill ? 0 : search_block_of(summary.method);
+  const Cost prefill = prefill_cost(config, summary.prompt_tokens, summary.density, costs.bytes_per_element);
+  return PredictedTimes{prefill.milliseconds(costs.rates),
+                        decode_cost_selected(config, decoding, selected, block).milliseconds(costs.rates)};
 }
 
 std::vector<EvaluationSummary> summarise(const std::vector<EvaluationResult>& results) {
@@ -189,6 +202,7 @@ std::vector<EvaluationSummary> summarise(const std::vector<EvaluationResult>& re
       prefill.push_back(result.prefill_ms);
       decode.push_back(result.decode_ms);
       summary.density += result.density;
+      summary.decode_density += result.decode_density;
       summary.prompt_tokens += static_cast<double>(result.prompt_tokens);
       summary.decode_tokens += static_cast<double>(result.decode_tokens);
       summary.kept_tokens += result.kept_tokens;
@@ -206,7 +220,8 @@ std::vector<EvaluationSummary> summarise(const std::vector<EvaluationResult>& re
     if (!differences.empty()) summary.difference = bootstrap_mean(differences);
     if (with_bits > 0) summary.gold_bits = bits / with_bits;
     const auto count = static_cast<double>(scores.size());
-    for (double* sum : {&summary.density, &summary.prompt_tokens, &summary.decode_tokens, &summary.kept_tokens})
+    for (double* sum : {&summary.density, &summary.decode_density, &summary.prompt_tokens, &summary.decode_tokens,
+                        &summary.kept_tokens})
       *sum /= count;
     summary.prefill_ms = median(prefill);
     summary.decode_ms = median(decode);

@@ -39,6 +39,7 @@ struct EvaluationResult {
   double score = 0;                 ///< 0 to 1; of perplexity: bits per byte
   std::optional<double> gold_bits;  ///< mean bits per token of the gold text, where it was fed
   double density = 0;               ///< of prefill
+  double decode_density = 0;        ///< of decoding, if the session counts it
   double prefill_ms = 0;
   double decode_ms = 0;
   std::int64_t prompt_tokens = 0;
@@ -70,6 +71,7 @@ struct EvaluationSummary {
   std::optional<Estimate> difference = {};
   std::optional<double> gold_bits = {};
   double density = 0;
+  double decode_density = 0;
   double prefill_ms = 0;  ///< medians
   double decode_ms = 0;
   double cache_mb = 0;
@@ -81,11 +83,18 @@ struct EvaluationSummary {
 /// What the cost models say that the times of a summary are.
 struct PredictedTimes {
   double prefill_ms = 0;  ///< prefill at the measured density
-  double decode_ms = 0;   ///< every step reads the weights and what the cache keeps
+  double decode_ms = 0;  ///< every step reads the weights and the measured share of the tokens, or what is kept of them
 };
-/// Weights are float32. Nothing for results of a log without counts of tokens.
+/// What the predictions need beside a summary.
+struct EvaluationCosts {
+  double bytes_per_element = 4;  ///< of the cache
+  double weight_bytes = 0;       ///< that a decoded token reads (Model::decoded_weight_bytes)
+  MachineRates rates;
+};
+/// The method of the summary may search blocks (MethodInfo::search_block) when it decodes. Nothing for results of a log
+/// without counts of tokens.
 std::optional<PredictedTimes> predicted_times(const EvaluationSummary& summary, const ModelConfig& config,
-                                              std::size_t bytes_per_element, const MachineRates& rates);
+                                              const EvaluationCosts& costs, EvaluationPhase phase);
 
 /// In the order in which tasks, lengths and methods first appear.
 std::vector<EvaluationSummary> summarise(const std::vector<EvaluationResult>& results);

@@ -20,6 +20,7 @@ class BlockMatrix final : public Matrix {
   void multiply(const float* x, std::int64_t rows, float* y, const ProductOptions& options) const override;
   void row(std::int64_t output, float* out) const override;
   void multiply_back(const float* d_y, std::int64_t rows, float* d_x, int threads) const override;
+  std::size_t stored_bytes() const override { return static_cast<std::size_t>(outputs() * row_bytes_); }
 
  private:
   void multiply_widened(const float* x, std::int64_t rows, float* y, const ProductOptions& options) const;

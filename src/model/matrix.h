@@ -46,6 +46,8 @@ class Matrix {
   virtual void row(std::int64_t output, float* out) const = 0;
   /// The gradient of x: d_x[r][i] = sum_o d_y[r][o] * weight[o][i].
   virtual void multiply_back(const float* d_y, std::int64_t rows, float* d_x, int threads) const = 0;
+  /// Bytes that a product with one row reads, in the form of the file.
+  virtual std::size_t stored_bytes() const = 0;
   /// Bytes on the heap (mapped ones not counted).
   virtual std::size_t heap_bytes() const { return 0; }
 
@@ -64,6 +66,7 @@ class DenseMatrix final : public Matrix {
   void multiply(const float* x, std::int64_t rows, float* y, const ProductOptions& options) const override;
   void row(std::int64_t output, float* out) const override;
   void multiply_back(const float* d_y, std::int64_t rows, float* d_x, int threads) const override;
+  std::size_t stored_bytes() const override { return static_cast<std::size_t>(outputs() * inputs()) * size_of(dtype_); }
   std::size_t heap_bytes() const override { return copy_.size(); }
 
  private:

@@ -96,6 +96,10 @@ std::size_t Model::weight_bytes() const {
   return parts_->weights.heap_bytes();
 }
 
+double Model::decoded_weight_bytes() const {
+  return parts_->weights.decoded_bytes(parts_->config.experts.chosen);
+}
+
 std::vector<std::int32_t> Model::encode(std::string_view text, bool with_bos) const {
   std::vector<std::int32_t> tokens = parts_->tokenizer.encode(text);
   if (!with_bos) return tokens;

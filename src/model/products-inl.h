@@ -52,7 +52,7 @@ template <DType dtype, int rows>
     for (std::int64_t i = 0; i < whole; i += kLanes) {
       if (i * bytes % 64 == 0) {
 #pragma GCC unroll 4
-        for (int o = 0; o < 4; ++o) __builtin_prefetch(w[o] + ahead + i * bytes, 0, 2);
+        for (const std::byte* row : w) __builtin_prefetch(row + ahead + i * bytes, 0, 2);
       }
       Vec own[4];
 #pragma GCC unroll 4

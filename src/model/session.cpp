@@ -129,13 +129,14 @@ class Session::Implementation {
       call.length = before + total;
       call.on_plan = [&](std::int64_t layer, const Plan& plan) {
         note_peak();  // before the layer's cache may compress
-        count(layer, plan, rows);
+        observe([&] {
+          count(layer, plan, rows, statistics_.planned_pairs, statistics_.allowed_pairs);
+          if (options_.on_plan) options_.on_plan(layer, plan);
+        });
       };
       if (options_.on_projections) {
         call.on_projections = [&](const ProjectedRows& projected) {
-          const auto observed = std::chrono::steady_clock::now();
-          options_.on_projections(projected);
-          observation_ms_ += milliseconds_since(observed);
+          observe([&] { options_.on_projections(projected); });
         };
       }
       call.after_layer = [&](std::int64_t done) {
@@ -173,11 +174,17 @@ class Session::Implementation {
     call.state = state;
     call.run = options_.run;
     call.exact = options_.exact_products;
+    observation_ms_ = 0;
+    if (options_.count_decoding) {
+      call.on_plan = [&](std::int64_t layer, const Plan& plan) {
+        observe([&] { count(layer, plan, 1, statistics_.decode_planned_pairs, statistics_.decode_allowed_pairs); });
+      };
+    }
     const auto hidden = forward(tokens, call);
     note_peak();
     decoder_.head(hidden, logits_, options_.run, options_.exact_products);
     statistics_.decode_tokens += 1;
-    statistics_.decode_ms += milliseconds_since(start);
+    statistics_.decode_ms += milliseconds_since(start) - observation_ms_;
     return last_logits();
   }
 
@@ -301,10 +308,16 @@ class Session::Implementation {
     return std::min(total, std::max<std::int64_t>(fitting / 1024 * 1024, 1024));
   }
 
-  void count(std::int64_t layer, const Plan& plan, std::int64_t rows) {
+  /// What the times of a call leave out.
+  template <typename Observation>
+  void observe(const Observation& observation) {
     const auto start = std::chrono::steady_clock::now();
-    const PlanStatistics plan_statistics = tessera::statistics(plan);
-    statistics_.planned_pairs += static_cast<double>(plan_statistics.planned_pairs);
+    observation();
+    observation_ms_ += milliseconds_since(start);
+  }
+
+  void count(std::int64_t layer, const Plan& plan, std::int64_t rows, double& planned, double& allowed) const {
+    planned += static_cast<double>(tessera::statistics(plan).planned_pairs);
     // Of the sequence, not of the plan: a cache that evicted plans over what it kept.
     const auto queries = static_cast<double>(rows);
     const auto before = static_cast<double>(tokens_);
@@ -314,9 +327,7 @@ class Session::Implementation {
       const double growing = std::clamp(static_cast<double>(window) - before, 0.0, queries);
       pairs = growing * (before + (growing + 1) / 2) + (queries - growing) * static_cast<double>(window);
     }
-    statistics_.allowed_pairs += pairs * static_cast<double>(model_.config().q_heads);
-    if (options_.on_plan) options_.on_plan(layer, plan);
-    observation_ms_ += milliseconds_since(start);
+    allowed += pairs * static_cast<double>(model_.config().q_heads);
   }
 
   std::span<const float> last_row(std::span<const float> hidden) const {

@@ -184,6 +184,29 @@ std::size_t Weights::heap_bytes() const {
   return bytes;
 }
 
+double Weights::decoded_bytes(std::int64_t chosen_experts) const {
+  std::size_t always = output_head().stored_bytes();
+  double experts = 0;
+  const auto add = [](const FeedForwardWeights& part, auto& sum) {
+    for (const Matrix* matrix : {part.gate.get(), part.up.get(), part.down.get()}) {
+      if (matrix != nullptr) sum += matrix->stored_bytes();
+    }
+  };
+  for (const LayerWeights& layer : layers) {
+    for (const Matrix* matrix : {layer.q.get(), layer.k.get(), layer.v.get(), layer.o.get(), layer.router.get()}) {
+      if (matrix != nullptr) always += matrix->stored_bytes();
+    }
+    add(layer.mlp, always);
+    std::size_t all = 0;
+    for (const FeedForwardWeights& expert : layer.experts) add(expert, all);
+    if (all > 0) {
+      experts +=
+          static_cast<double>(all) * static_cast<double>(chosen_experts) / static_cast<double>(layer.experts.size());
+    }
+  }
+  return static_cast<double>(always) + experts;
+}
+
 Weights load_weights(std::unique_ptr<TensorSource> source, const ModelConfig& config) {
   Weights weights = Loader(*source, config).load();
   weights.source = std::move(source);

@@ -39,6 +39,8 @@ struct Weights {
   std::unique_ptr<Matrix> head;  ///< [vocab][hidden]; null when tied
   const Matrix& output_head() const { return head ? *head : *embedding; }
   std::size_t heap_bytes() const;
+  /// Bytes of the matrices that one token reads whose layers choose so many experts.
+  double decoded_bytes(std::int64_t chosen_experts) const;
 };
 
 /// Takes what the configuration describes from the source. Throws Error for missing and unexpected tensors, and for

@@ -8,7 +8,7 @@ import unittest
 from command_line import CommandLineTest
 
 MODEL = pathlib.Path(__file__).resolve().parents[2] / "models" / "tessera-bytes"
-RESULT_KEYS = ["task", "len", "method", "samples", "score", "difference", "gold_bits", "density", "prefill_ms",
+RESULT_KEYS = ["task", "len", "method", "samples", "score", "difference", "gold_bits", "density", "decode_density", "prefill_ms",
                "decode_ms", "cache_mb", "prompt_tokens", "decode_tokens", "kept_tokens", "predicted_prefill_ms",
                "predicted_decode_ms"]  # fmt: skip
 
@@ -43,6 +43,20 @@ class EvalTest(CommandLineTest):
                 self.assertEqual(report["results"][0]["density"], density)
             else:
                 self.assertLess(report["results"][0]["density"], 0.5)
+
+    def test_decoding_is_counted(self):
+        report = self.succeed_json("eval", *self.small, "--tasks", "mqar", "--methods",
+                                   "dense,streaming:n_init=4,n_local=60,quest:budget=64,dense_layers=0", "--phase",
+                                   "decode")  # fmt: skip
+        dense, streaming, quest = report["results"]
+        self.assertAlmostEqual(dense["decode_density"], 1)
+        for row in (streaming, quest):
+            self.assertEqual(row["density"], 1)
+            # 64 tokens at 512 minus the answer to 512; a selection by pages may exceed its budget by one.
+            self.assertTrue(64 / 512 <= row["decode_density"] <= 80 / 400, row)
+            self.assertLess(row["predicted_decode_ms"], dense["predicted_decode_ms"])
+        prefill = self.succeed_json("eval", *self.small, "--tasks", "mqar", "--methods", "streaming", "--phase", "prefill")
+        self.assertEqual(prefill["results"][0]["decode_density"], 0)
 
     def test_perplexity(self):
         text = self.directory / "text.txt"

@@ -63,10 +63,10 @@ TEST(CostModel, DecodingIsTheSumOverItsSteps) {
     for (const int budget : {200, 1000, 5000}) {
       SCOPED_TRACE(testing::Message() << trials << " trials, budget " << budget);
       const Cost expected = stepwise(config, 900, 400, trials, budget, 0);
-      const Cost top_k = decode_cost_top_k(config, run, budget);
+      const Cost top_k = decode_cost_selected(config, run, top_k_tokens(run, budget));
       EXPECT_NEAR(top_k.flops / expected.flops, 1, 2e-3);
       EXPECT_NEAR(top_k.bytes / expected.bytes, 1, 2e-3);
-      const Cost blocks = decode_cost_blocks(config, run, budget, 16);
+      const Cost blocks = decode_cost_selected(config, run, top_k_tokens(run, budget), 16);
       const Cost searched = stepwise(config, 900, 400, trials, budget, 16);
       EXPECT_NEAR(blocks.flops / searched.flops, 1, 2e-3);
       EXPECT_NEAR(blocks.bytes / searched.bytes, 1, 2e-3);
@@ -84,8 +84,16 @@ TEST(CostModel, WeightsAreReadOncePerStepForAllTrials) {
   const ModelConfig config = small_config();
   Decoding run{.context = 10, .generated = 5, .trials = 7};
   const double without = decode_cost(config, run).bytes;
-  run.bytes_per_weight = 4;
-  EXPECT_EQ(decode_cost(config, run).bytes - without, 5 * 4 * (weights_per_token(config) + 3200));
+  run.weight_bytes = 4000;
+  EXPECT_EQ(decode_cost(config, run).bytes - without, 5 * 4000);
+}
+
+TEST(CostModel, TokensPassTheExpertsThatTheyChoose) {
+  ModelConfig config = small_config();
+  config.layer_kinds = {{}, {.experts = true}, {}};
+  config.experts = {.count = 8, .chosen = 2, .intermediate_size = 20};
+  const double plain = 32 * 32 + 2 * 32 * 16 + 32 * 32;
+  EXPECT_EQ(weights_per_token(config), 3 * plain + 2 * (3 * 32 * 48) + 8 * 32 + 2 * (3 * 32 * 20));
 }
 
 TEST(CostModel, BytesHaveThePriceOfTheMachine) {
@@ -96,27 +104,38 @@ TEST(CostModel, BytesHaveThePriceOfTheMachine) {
   EXPECT_EQ(cost.milliseconds({}), 0);
 }
 
-TEST(CostModel, TimesOfASummaryFollowItsDensityAndWhatTheCacheKept) {
+TEST(CostModel, TimesOfASummaryFollowItsDensities) {
   const ModelConfig config = small_config();
   const MachineRates rates{.gflops = 100, .gbps = 20};
+  const EvaluationCosts costs{.bytes_per_element = 4, .weight_bytes = 9000, .rates = rates};
+  const auto decode = EvaluationPhase::decode;
   EvaluationSummary summary;
+  summary.method = "dense";
   summary.density = 1;
   summary.prompt_tokens = 4000;
   summary.decode_tokens = 100;
-  EXPECT_FALSE(predicted_times(summary, config, 4, rates).has_value()) << "a log without counts";
+  EXPECT_FALSE(predicted_times(summary, config, costs, decode).has_value()) << "a log without counts";
   summary.kept_tokens = 4100;
-  const auto dense = predicted_times(summary, config, 4, rates);
+  const auto dense = predicted_times(summary, config, costs, decode);
   ASSERT_TRUE(dense.has_value());
   EXPECT_DOUBLE_EQ(dense->prefill_ms, prefill_cost(config, 4000, 1, 4).milliseconds(rates));
   EXPECT_DOUBLE_EQ(
       dense->decode_ms,
-      decode_cost(config, {.context = 4000, .generated = 100, .bytes_per_element = 4, .bytes_per_weight = 4})
+      decode_cost(config, {.context = 4000, .generated = 100, .bytes_per_element = 4, .weight_bytes = 9000})
           .milliseconds(rates));
   summary.density = 0.1;
   summary.kept_tokens = 500;
-  const auto sparse = predicted_times(summary, config, 4, rates);
-  EXPECT_LT(sparse->prefill_ms, dense->prefill_ms);
-  EXPECT_LT(sparse->decode_ms, dense->decode_ms);
+  const auto evicted = predicted_times(summary, config, costs, decode);
+  EXPECT_LT(evicted->prefill_ms, dense->prefill_ms);
+  EXPECT_LT(evicted->decode_ms, dense->decode_ms);
+  // What was counted counts, whatever the cache holds.
+  summary.kept_tokens = 4100;
+  summary.decode_density = 500.0 / 4050;
+  EXPECT_DOUBLE_EQ(predicted_times(summary, config, costs, decode)->decode_ms, evicted->decode_ms);
+  summary.method = "quest:page=8";
+  const double search = predicted_times(summary, config, costs, decode)->decode_ms - evicted->decode_ms;
+  EXPECT_NEAR(search, (dense->decode_ms - Cost{2 * 3 * 100 * (5120 + 3200), 9000 * 100}.milliseconds(rates)) / 16, 1);
+  EXPECT_DOUBLE_EQ(predicted_times(summary, config, costs, EvaluationPhase::prefill)->decode_ms, evicted->decode_ms);
 }
 
 TEST(CostModel, TheSimulatorPredictsWhatGnaPlans) {

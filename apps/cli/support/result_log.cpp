@@ -21,6 +21,7 @@ Json to_json(const eval::EvaluationResult& result) {
           {"score", result.score},
           {"gold_bits", result.gold_bits ? Json(*result.gold_bits) : Json()},
           {"density", result.density},
+          {"decode_density", result.decode_density},
           {"prefill_ms", result.prefill_ms},
           {"decode_ms", result.decode_ms},
           {"prompt_tokens", result.prompt_tokens},
@@ -39,7 +40,8 @@ eval::EvaluationResult from_json(const Json& json) {
   result.prefill_ms = json.at("prefill_ms");
   result.decode_ms = json.at("decode_ms");
   result.prompt_tokens = json.at("prompt_tokens");
-  // Logs of earlier versions lack these two.
+  // Logs of earlier versions lack these.
+  result.decode_density = json.value("decode_density", 0.0);
   result.decode_tokens = json.value("decode_tokens", std::int64_t{0});
   result.kept_tokens = json.value("kept_tokens", 0.0);
   result.cache_mb = json.at("cache_mb");

@@ -51,7 +51,8 @@ struct Quest {
             .summary = "pages by an upper bound of q.k from the minima and maxima of their keys",
             .paper = "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, arXiv:2406.10774",
             .phases = {.prefill = true, .decode = true},
-            .budget = {{"budget", 16, 1 << 20, true}}};
+            .budget = {{"budget", 16, 1 << 20, true}},
+            .search_block = "page"};
   }
 
   std::unique_ptr<MethodState> new_state() const { return std::make_unique<PageBoundsState>(); }

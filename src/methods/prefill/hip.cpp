@@ -94,7 +94,7 @@ class Hip {
     std::int64_t seed = 0;
     void visit(ParameterList& v) {
       v("form", form, {"tree", "staged"}, "how keys are searched");
-      v("mask_k", mask_k, 1, kMostTokens, "tree: keys kept per query tile, a multiple of block_k");
+      v("mask_k", mask_k, 1, kMostTokens, "tree: keys kept per query tile, rounded up to whole blocks");
       v("block_k", block_k, 1, 1024, "tree: keys of a block");
       v("query_step", query_step, 1, 1024, "tree: every so manieth query of a tile is looked at");
       v("representative", representative, {"first", "centre", "random"}, "tree: block that stands for a node");
@@ -124,8 +124,7 @@ class Hip {
   }
 
   explicit Hip(Params params) : params_(std::move(params)) {
-    require(params_.mask_k % params_.block_k == 0, "hip: mask_k={} is no multiple of block_k={}", params_.mask_k,
-            params_.block_k);
+    params_.mask_k = (params_.mask_k + params_.block_k - 1) / params_.block_k * params_.block_k;
     read_stages();
     const std::string_view layers = params_.dense_layers != "auto" ? std::string_view(params_.dense_layers)
                                     : tree()                       ? kTreeDenseLayers

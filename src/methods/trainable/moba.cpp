@@ -43,7 +43,8 @@ struct Moba {
             .summary = "top-k key blocks per query by mean key, the own block always among them",
             .paper = "MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv:2502.13189",
             .phases = {.prefill = true, .decode = true, .backward = true},
-            .budget = {{"top_k", 1, 1 << 20, true}}};
+            .budget = {{"top_k", 1, 1 << 20, true}},
+            .search_block = "block_size"};
   }
 
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {

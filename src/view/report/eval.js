@@ -9,6 +9,9 @@ const look = looksOf(methods);
 const kPerplexity = "perplexity";
 const kEveryTask = "mean of all tasks";
 const time = (row) => row.prefill_ms + row.decode_ms;
+// Of the phase that is sparse; of both, that of the prompt.
+const decodes = report.phase === "decode";
+const density = (row) => decodes ? row.decode_density : row.density;
 
 // Methods at one length would cover each other's whiskers.
 const besides = (length, i) => length * 1.02 ** (i - (methods.length - 1) / 2);
@@ -56,7 +59,7 @@ function drawTask(task, i) {
           callbacks: {
             label: ({ raw }) => raw.row && `${raw.row.method}: ${short(raw.row.score.mean)} ` +
               `(${short(raw.row.score.low)} to ${short(raw.row.score.high)}), ${raw.row.samples} samples, ` +
-              `density ${short(raw.row.density)}`,
+              `density ${short(density(raw.row))}`,
           },
         },
       },
@@ -79,7 +82,7 @@ function drawCosts() {
   const length = Number(element("length-choice").value);
   const sign = task === kPerplexity ? 1 : -1;
   const yTitle = task === kPerplexity ? "bits per byte" : task === kEveryTask ? "mean score" : "score";
-  for (const [id, cost, title] of [["score-density", (row) => row.density, "density of prefill"],
+  for (const [id, cost, title] of [["score-density", density, `density of ${decodes ? "decoding" : "prefill"}`],
                                    ["score-time", time, "milliseconds, median"],
                                    ["score-cache", (row) => row.cache_mb, "MB of keys and values"]]) {
     const all = points(task, length, cost);
@@ -108,7 +111,7 @@ function drawCosts() {
 function verdict(method) {
   const compared = rows.filter((row) => row.method === method && row.difference && row.task !== kPerplexity);
   const all = rows.filter((row) => row.method === method);
-  const result = { method, density: mean(all.map((row) => row.density)), time: mean(all.map(time)) };
+  const result = { method, density: mean(all.map(density)), time: mean(all.map(time)) };
   if (compared.length === 0) return result;
   const worst = compared.reduce((a, b) => a.difference.mean <= b.difference.mean ? a : b);
   const dense = (row) => row.score.mean - row.difference.mean;
@@ -147,7 +150,8 @@ makeTable("rows", [
   ["samples", (row) => row.samples], ["score", (row) => row.score.mean], ["low", (row) => row.score.low],
   ["high", (row) => row.score.high], ["to dense", (row) => row.difference?.mean],
   ["to dense, low", (row) => row.difference?.low], ["to dense, high", (row) => row.difference?.high],
-  ["gold bits", (row) => row.gold_bits], ["density", (row) => row.density], ["prefill ms", (row) => row.prefill_ms],
+  ["gold bits", (row) => row.gold_bits], ["density", (row) => row.density],
+  ["decode density", (row) => row.decode_density || null], ["prefill ms", (row) => row.prefill_ms],
   ["measured / predicted", (row) => row.predicted_prefill_ms ? row.prefill_ms / row.predicted_prefill_ms : null],
   ["decode ms", (row) => row.decode_ms],
   ["decode / predicted", (row) => row.predicted_decode_ms ? row.decode_ms / row.predicted_decode_ms : null], ["cache MB", (row) => row.cache_mb],

@@ -384,8 +384,16 @@ TEST(Hip, UndefinedAndHugeScoresKeepEveryRow) {
   EXPECT_TRUE(masks_of("hip:dense_layers=none,mask_k=8,window=9,sinks=0", input)[0].at(0, 0));
 }
 
+TEST(Hip, KeepsWholeBlocks) {
+  const AttentionCase input({.name = "rounded", .q_heads = 1, .q_len = 300, .kv_len = 300});
+  const std::string rest = ",block_k=8,dense_layers=none,dense_queries=0,window=9,sinks=3";
+  const auto kept = masks_of("hip:mask_k=24" + rest, input);
+  EXPECT_EQ(masks_of("hip:mask_k=17" + rest, input)[0], kept[0]);
+  EXPECT_NE(masks_of("hip:mask_k=16" + rest, input)[0], kept[0]);
+}
+
 TEST(Hip, BadParameters) {
-  for (const std::string spec : {"hip:mask_k=513", "hip:form=staged,stages=256+100",
+  for (const std::string spec : {"hip:form=staged,stages=256+100",
                                  "hip:form=staged,stages=", "hip:form=staged,stages=8:x", "hip:form=staged,refresh=3",
                                  "hip:refresh=", "hip:refresh=a", "hip:dense_layers=x", "hip:representative=last"}) {
     EXPECT_THROW(make_method(spec), Error) << spec;
