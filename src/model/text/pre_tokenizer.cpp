@@ -180,8 +180,8 @@ PreTokenizer PreTokenizer::of_gguf(std::string_view pre, std::string_view name) 
   };
   const auto found = known.find(pre);
   if (found == known.end()) {
-    std::vector<std::string_view> names;
-    for (const auto& [key, expressions] : known) names.push_back(key);
+    std::vector<std::string_view> names(known.size());
+    std::transform(known.begin(), known.end(), names.begin(), [](const auto& entry) { return entry.first; });
     fail("{}: 'tokenizer.ggml.pre' is '{}', which is not supported; supported: {}", name, pre.substr(0, 60),
          fmt::join(names, ", "));
   }

@@ -21,7 +21,7 @@ void from_characters(std::vector<std::string>& tokens, bool) {
 void fuse(std::vector<std::string>& tokens, bool) {
   std::string all;
   for (const std::string& token : tokens) all += token;
-  tokens.assign(1, std::move(all));
+  tokens.assign(1, all);
 }
 
 void from_byte_names(std::vector<std::string>& tokens, bool) {

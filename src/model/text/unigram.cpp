@@ -103,7 +103,8 @@ void Unigram::encode(std::string_view word, std::vector<std::int32_t>& ids) cons
     }
     end = begin;
   }
-  for (auto piece = pieces.rbegin(); piece != pieces.rend(); ++piece) add_piece(piece->first, piece->second, ids);
+  std::reverse(pieces.begin(), pieces.end());  // they were found from the end
+  for (const auto& [piece, is_unknown] : pieces) add_piece(piece, is_unknown, ids);
 }
 
 void Unigram::add_piece(std::string_view piece, bool unknown, std::vector<std::int32_t>& ids) const {
