@@ -32,7 +32,7 @@ class Loader {
     } else {
       weights.head = matrix(head_, config_.vocab_size, hidden);
     }
-    if (root_ != kRoot) {
+    if (root_ != root) {
       for (const char* part : {"vision_tower.", "multi_modal_projector."}) {
         harmless.emplace_back(part);
         harmless.push_back(std::string("model.") + part);
@@ -150,10 +150,10 @@ class Loader {
     }
   }
 
-  static constexpr std::string_view kRoot = "model.";
+  static constexpr std::string_view root = "model.";
   TensorSource& source_;
   const ModelConfig& config_;
-  std::string root_{kRoot};
+  std::string root_{root};
   std::string head_ = "lm_head.weight";
 };
 
