@@ -216,6 +216,62 @@ TEST(FlexPrefill, ProbedRowsKeepGammaOfTheirMass) {
   }
 }
 
+/// Mean share of the last `probed` rows' mass that a mask keeps.
+double kept_mass(const AttentionCase& input, const test::HeadMask& mask, std::int64_t head, std::int64_t probed) {
+  double kept = 0;
+  for (std::int64_t n = mask.queries - probed; n < mask.queries; ++n) {
+    const auto p = input.probabilities(0, head, n);
+    for (std::int64_t j = 0; j < mask.keys; ++j) kept += mask.at(n, j) ? p[j] : 0;
+  }
+  return kept / static_cast<double>(probed);
+}
+
+TEST(FlexPrefill, TilesHoldGammaOfScatteredColumns) {
+  // One hot key in every second tile: as many columns as fit in one tile, which lie in twelve.
+  AttentionCase input({.name = "columns", .q_heads = 2, .q_len = 1536, .kv_len = 1536});
+  for (std::int64_t n = 0; n < 1536; ++n) {
+    for (std::int64_t h = 0; h < 2; ++h) {
+      for (std::int64_t d = 0; d < 16; ++d) input.set_q(0, h, n, d, d == 0 ? 4 : 0);
+    }
+    input.set_k(0, 0, n, 0, n % 128 == 37 ? 10 : 0);
+  }
+  for (const double gamma : {0.5, 0.9}) {
+    const std::string common = fmt::format("flexprefill:block=64,tau=0,min_budget=0,gamma={},count=", gamma);
+    for (std::int64_t h = 0; h < 2; ++h) {
+      EXPECT_GE(kept_mass(input, masks_of(common + "tiles", input)[h], h, 64), gamma);
+      EXPECT_LT(kept_mass(input, masks_of(common + "lines", input)[h], h, 64), 0.4) << "as the authors' code counts";
+    }
+  }
+}
+
+TEST(FlexPrefill, TilesHoldBothDiagonalsOfADistance) {
+  // Every query finds the key 160 before it: distance 2.5 tiles lies in tile diagonals 2 and 3.
+  AttentionCase input({.name = "diagonal", .q_heads = 1, .q_len = 1024, .kv_len = 1024});
+  for (std::int64_t n = 0; n < 1024; ++n) {
+    for (std::int64_t f = 0; f < 8; ++f) {
+      const double w = std::pow(0.4, f + 1) * 6;
+      const auto at = static_cast<double>(n);
+      input.set_k(0, 0, n, 2 * f, static_cast<float>(std::cos(w * at)));
+      input.set_k(0, 0, n, 2 * f + 1, static_cast<float>(std::sin(w * at)));
+      input.set_q(0, 0, n, 2 * f, static_cast<float>(12 * std::cos(w * (at - 160))));
+      input.set_q(0, 0, n, 2 * f + 1, static_cast<float>(12 * std::sin(w * (at - 160))));
+    }
+  }
+  const auto diagonals = [&](const std::string& count) {
+    const auto mask =
+        masks_of("flexprefill:block=64,tau=0,min_budget=128,max_budget=192,gamma=0.9,count=" + count, input)[0];
+    std::set<std::int64_t> all;  // of the middle of the sequence, whose columns say little of the end
+    for (std::int64_t j = 64; j < 640; j += 64) {
+      if (mask.at(640, j)) all.insert((640 - j) / 64);
+    }
+    return all;
+  };
+  EXPECT_TRUE(diagonals("tiles").contains(2));
+  EXPECT_TRUE(diagonals("tiles").contains(3));
+  EXPECT_TRUE(diagonals("lines").contains(2));
+  EXPECT_FALSE(diagonals("lines").contains(3)) << "as the authors' code counts";
+}
+
 TEST(FlexPrefill, BudgetsBound) {
   const AttentionCase input({.name = "flat", .q_heads = 1, .q_len = 64, .kv_len = 2048});
   const auto tiles = [&](const std::string& budgets) {
@@ -238,8 +294,9 @@ TEST(FlexPrefill, FullBudgetAndEveryShape) {
       const auto method = make_method(spec);
       if (input.problem.causal) test::expect_full_budget_is_dense(*method, input);
     }
-    for (const std::string spec :
-         {"flexprefill:block=32,gamma=0.5,tau=0,min_budget=32", "flexprefill:block=16,gamma=0.6,tau=1,min_budget=0"}) {
+    for (const std::string spec : {"flexprefill:block=32,gamma=0.5,tau=0,min_budget=32",
+                                   "flexprefill:block=32,gamma=0.8,tau=0,min_budget=32,count=tiles",
+                                   "flexprefill:block=16,gamma=0.6,tau=1,min_budget=0"}) {
       const auto method = make_method(spec);
       if (!input.problem.causal) {
         EXPECT_THROW(method->plan(input.problem, input.inputs, {}), Error);
@@ -253,8 +310,10 @@ TEST(FlexPrefill, FullBudgetAndEveryShape) {
 TEST(FlexPrefill, UndefinedScoresKeepEverything) {
   AttentionCase input({.name = "nan", .q_heads = 1, .q_len = 256, .kv_len = 256});
   input.set_k(0, 0, 40, 0, std::nanf(""));
-  const auto mask = masks_of("flexprefill:block=16,gamma=0.3,min_budget=16", input)[0];
-  for (std::int64_t n = 0; n < 256; ++n) ASSERT_TRUE(mask.at(n, std::min<std::int64_t>(n, 40)));
+  for (const std::string count : {"lines", "tiles"}) {
+    const auto mask = masks_of("flexprefill:block=16,gamma=0.3,min_budget=16,count=" + count, input)[0];
+    for (std::int64_t n = 0; n < 256; ++n) ASSERT_TRUE(mask.at(n, std::min<std::int64_t>(n, 40)));
+  }
 }
 
 }  // namespace
