@@ -44,6 +44,7 @@ struct Options {
   std::string dtype = "bf16";
   std::int64_t seeds = 1;
   int repeats = 3;
+  bool cpu_time = false;
   std::int64_t query_blocks = 8;
   std::string csv;
   std::string html;
@@ -132,6 +133,7 @@ class Measurements {
         densities_(number_list("--densities", options.densities, 0, 1)),
         errors_(number_list("--errors", options.errors, 0, 1e6)) {
     comparison_options_.repeats = options.repeats;
+    comparison_options_.cpu_time = options.cpu_time;
     comparison_options_.quality.query_blocks = options.query_blocks;
     comparison_options_.quality.threads = options.run.threads;
     comparison_options_.run = run_options_of(options.run);
@@ -339,6 +341,8 @@ void add_compare(CLI::App& app) {
   command->add_option("--dtype", options->dtype, "f32, bf16 or f16")->capture_default_str();
   command->add_option("--seeds", options->seeds, "Draws of the data per case")->capture_default_str();
   command->add_option("--repeats", options->repeats, "Timings of each side, in turns")->capture_default_str();
+  command->add_flag("--cpu-time", options->cpu_time,
+                    "Count the time that threads compute, not the time that passes: for busy machines");
   command->add_option("--query-blocks", options->query_blocks, "Blocks of 64 queries that judge a selection")
       ->capture_default_str();
   command->add_option("--csv", options->csv, "Write the rows as a CSV file");

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <ctime>
 #include <memory>
 
 #include "core/error.h"
@@ -38,6 +39,17 @@ double value_at(const BudgetParameter& budget, double share) {
 
 std::string text_of(double value, bool whole) {
   return whole ? fmt::format("{:.0f}", value) : fmt::format("{:.6g}", value);
+}
+
+/// Milliseconds that the threads of the process have computed.
+double cpu_milliseconds() {
+  return 1e3 * static_cast<double>(std::clock()) / static_cast<double>(CLOCKS_PER_SEC);
+}
+
+/// By what the times of a report are multiplied: 1, or so that they add up to `cpu_ms`.
+double time_factor(const RunReport& report, double cpu_ms, bool cpu_time) {
+  const double passed = report.plan_ms + report.kernel_ms;
+  return cpu_time && passed > 0 ? cpu_ms / passed : 1;
 }
 
 }  // namespace
@@ -85,11 +97,16 @@ MethodMeasurement Comparison::measure(const std::string& spec) const {
     PlanContext context;
     context.run = options_.run;
     context.state = state.get();
+    const double begin = cpu_milliseconds();
     const RunReport report =
         method->attend(problem_, inputs, {mutable_view_of(o.data(), dtype, shape), lse}, context, &plan);
-    plan_ms.push_back(report.plan_ms);
-    kernel_ms.push_back(report.kernel_ms);
-    dense_ms.push_back(run(dense_, inputs, {mutable_view_of(again.data(), dtype, shape), {}}, options_.run).kernel_ms);
+    const double middle = cpu_milliseconds();
+    const RunReport dense = run(dense_, inputs, {mutable_view_of(again.data(), dtype, shape), {}}, options_.run);
+    const double end = cpu_milliseconds();
+    const double factor = time_factor(report, middle - begin, options_.cpu_time);
+    plan_ms.push_back(factor * report.plan_ms);
+    kernel_ms.push_back(factor * report.kernel_ms);
+    dense_ms.push_back(dense.kernel_ms * time_factor(dense, end - middle, options_.cpu_time));
   }
   MethodMeasurement result;
   result.spec = spec;

@@ -43,6 +43,8 @@ struct MethodMeasurement {
 
 struct ComparisonOptions {
   int repeats = 3;
+  /// Times are what all threads of the process computed for, not what passed: ratios that hold on a busy machine.
+  bool cpu_time = false;
   QualityOptions quality;
   MachineRates rates;
   RunOptions run;
