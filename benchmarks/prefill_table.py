@@ -31,6 +31,7 @@ class Method:
     home: str
     claim: str
     why: str
+    at: str | None = None  # tokens:query heads of that comparison instead of --long; empty: it has none
 
     @property
     def name(self):
@@ -39,35 +40,38 @@ class Method:
 
 METHODS = (
     Method("minference", "vertical-slash", "up to 10x faster prefill at 1M tokens on an A100",
-           "6,096 distances stand for most of 32k keys; the share falls with length"),
-    Method("flexprefill", "vertical-slash", "better accuracy at equal speed than MInference",
-           "gamma decides, and heads here are less sparse than those of trained models at 128k"),
+           "1,000 columns and 6,096 distances, rounded up to 64 keys each, are most of these lengths; their share falls with length"),
+    Method("flexprefill", "sink-band", "better accuracy at equal speed than MInference", "gamma decides; nothing is left to differ"),
+    Method("flexprefill:count=tiles", "vertical-slash", "the same, by the paper's text",
+           "columns that stand alone take a tile of 128 keys each"),
     Method("xattention", "blocks", "up to 13.5x attention at 256k on an A100",
-           "scores cost 1/stride of a dense kernel in float32, which a CPU multiplies at half the rate of bf16"),
+           "scores multiply 1/stride of what half of dense attention does, in float32, at half the rate of bf16"),
     Method("sale", "sink-band", "at least 3.36x beyond 64k; estimates take about 11% of dense",
            "no CPU multiplies 4-bit numbers faster than bytes: estimates take 26% of dense"),
-    Method("anchor-stripe", "vertical", "1.44x over the previous best at 128k, up to 4.6x over dense",
-           "gathered keys are packed for every tile of queries"),
+    Method("anchor-stripe", "power-law", "1.44x over the previous best at 128k, up to 4.6x over dense",
+           "the logits of these heads span little more than theta = 12, so that most keys stay"),
     Method("proxyattn", "power-law", "up to 10.3x attention, 2.4x prefill",
-           "one proxy stands for as many heads as the call has: few here, 32 in the paper"),
+           "one proxy stands for 16 heads here, for 32 in the paper", at="32768:16"),
     Method("pbs", "vertical", "up to 2.75x end to end",
-           "its own segment of 256 keys and the sinks are the floor of what is kept"),
-    Method("dhsa", "blocks", "20 to 60% less prefill latency",
-           "a fixed number of keys per tile: the share falls with length"),
+           "columns that stand alone: sorted inside segments of 256, so that half of the tiles go at best"),
+    Method("dhsa", "blocks", "20 to 60% less prefill latency at 8k",
+           "2,048 keys per tile at any length: the gain grows with length"),
     Method("hip:dense_layers=none", "power-law", "large prefill latency cuts, O(T log T)",
            "the first 3 mask_k (log2(T / mask_k / 2) + 1) queries run dense; 512 scattered keys are gathered"),
     Method("token-sparse:layers=all", "vertical", "up to 3.23x attention at 128k",
            "it drops half a percent of the mass, which these heads spread over many tokens"),
     Method("delta-llm", "power-law", "60% of the score multiplications left out, no time claimed",
-           "multiplications that are left out one by one do not pay on vector units"),
+           "multiplications that are left out one by one do not pay on vector units", at="32768:2"),
     Method("seer", "blocks", "5.67x over FlashAttention-2 at 90% sparsity, 32k",
-           "the gate here is not trained, so that its choice is chance"),
+           "the gate here is not trained: all its probabilities pass the threshold", at="32768:2"),
     Method("hyper", "blocks-scattered", "5x on a single causal layer at 131k",
            "block and sample sizes are the paper's; error follows from sampling, not from a choice"),
     Method("sparge", "blocks", "2.5x to 5x",
-           "at theta 0.6 few tiles of these heads are alike enough to be predicted; `tune sparge` finds theta per head"),
-    Method("tri-shape", "sink-band", "the cost of an A-shape, first turn kept", "3,968 local keys are the floor"),
-    Method("oracle-topk:rule=topp,p=0.95", "blocks", "no method: the best tiles by exact mass", ""),
+           "at theta 0.6 no tile of these heads is alike enough to be predicted; `tune sparge` finds theta per head", at="32768:2"),
+    Method("sparge:theta=-0.1,rule=topk", "blocks", "the same, in the authors' simple mode",
+           "it keeps half of all key tiles per row, the causal half of which is three quarters"),
+    Method("tri-shape", "sink-band", "the cost of an A-shape, first turn kept", "4,096 keys per row at any length"),
+    Method("oracle-topk:rule=topp,p=0.95", "blocks", "no method: the best tiles by exact mass", "", at=""),
 )
 
 
@@ -80,10 +84,16 @@ def run_json(command):
     return json.loads(result.stdout)
 
 
+def home_of(options, method):
+    """Label of the comparison with the method's paper; none where there is none."""
+    at = options.long if method.at is None else method.at
+    return f"home {method.home} {at.partition(':')[0]}" if options.long and at else None
+
+
 def cases(options, folder):
     """(label, methods, arguments of compare)."""
     shape = ["--kv-heads", "1", "--dim", "128", "--dtype", "bf16"]
-    for pair in options.lengths.split(","):
+    for pair in filter(None, options.lengths.split(",")):
         length, _, heads = pair.partition(":")
         for archetype in ARCHETYPES:
             yield (f"{archetype} {length}", METHODS,
@@ -96,11 +106,13 @@ def cases(options, folder):
         run_json([options.binary, "run", "--model", MODEL, "--prompt", prompt, "-n", "1", "--json", "--dump-qkv", qkv,
                   "--dump-layers", "0+1+3"])
         yield f"model {options.model_tokens}", tuple(m for m in METHODS if m.name != "seer"), ["--qkv", qkv, "--causal"]
-    if options.long:
-        length, _, heads = options.long.partition(":")
-        for archetype in sorted({method.home for method in METHODS}):
-            yield (f"{archetype} {length}", [method for method in METHODS if method.home == archetype],
-                   [*shape, "--heads", heads or "1", "--lengths", length, "--data", archetype])
+    homes = {}
+    for method in METHODS:
+        if home_of(options, method) is not None:
+            homes.setdefault((home_of(options, method), method.home, method.at or options.long), []).append(method)
+    for (label, archetype, at), methods in homes.items():
+        length, _, heads = at.partition(":")
+        yield label, methods, [*shape, "--heads", heads or "1", "--lengths", length, "--data", archetype]
 
 
 def measure(options):
@@ -110,13 +122,12 @@ def measure(options):
     with tempfile.TemporaryDirectory() as folder:
         for label, methods, arguments in cases(options, pathlib.Path(folder)):
             wanted = [method for method in methods if f"{label} | {method.spec}" not in state]
-            together = 1 if len(methods) < len(METHODS) - 1 else options.together
-            for first in range(0, len(wanted), together):
-                part = wanted[first:first + together]
+            for first in range(0, len(wanted), options.together):
+                part = wanted[first:first + options.together]
                 print(f"{label}: {', '.join(method.name for method in part)}", file=sys.stderr, flush=True)
                 report = run_json([*prefix, options.binary, "compare", "--methods", ",".join(m.spec for m in part),
                                    *arguments, "--densities", "1", "--repeats", str(options.repeats), "--query-blocks", "4",
-                                   "--threads", str(options.threads), "--json"])
+                                   "--threads", str(options.threads), "--cpu-time", "--json"])
                 for row in report["rows"]:
                     if row["target_density"] is None:
                         state[f"{label} | {row['spec']}"] = row
@@ -152,31 +163,30 @@ def table(state, label):
 def markdown(options, state):
     """docs/prefill-results.md."""
     labels = list(dict.fromkeys(key.partition(" | ")[0] for key in state))
-    home = {f"{method.home} {options.long.partition(':')[0]}" for method in METHODS}
     text = ["# Prefill methods: what they keep, lose and cost", "",
             "Written by `benchmarks/prefill_table.py` from `tessera compare` ([comparing.md](comparing.md) says what the "
             "columns mean): every method at its published defaults, head dim 128, bf16, one kv head, query heads as named.",
             "`mass` is the share of dense softmax probability that is computed, the mean over all rows; it is empty for "
-            "methods that estimate scores or denominators. `selection / dense` is the time of choosing over that of "
+            "methods that estimate scores or denominators. `selection / dense` is the CPU time of choosing over that of "
             "dense attention in the same run, `speed-up` dense over choosing plus running.", ""]
     if options.note:
         text += [options.note, ""]
     for label in labels:
-        if label in home:
+        if label.startswith("home "):
             continue
         archetype, _, length = label.partition(" ")
         source = "What three layers of the embedded model attend to" if archetype == "model" else f"`{archetype}`"
         text += [f"## {source}, {int(length):,} tokens", "", table(state, label), ""]
-    claimed = [(method, state.get(f"{method.home} {options.long.partition(':')[0]} | {method.spec}")) for method in METHODS]
-    if options.long and any(row for _, row in claimed):
-        text += [f"## {int(options.long.partition(':')[0]):,} tokens, each method at home, beside its paper", "",
-                 "| method | archetype | density | mass | selection / dense | speed-up | the paper | why it differs |",
-                 "|---|---|---|---|---|---|---|---|"]
-        for method, row in claimed:
-            if row is None:
-                continue
-            text.append(f"| `{method.spec}` | {method.home} | {number(row['density'])} | {number(mass_of(row))} | "
-                        f"{number(row['selection_share'])} | {number(row['speed_up'], 2)} | {method.claim} | {method.why} |")
+    claimed = [(method, home_of(options, method)) for method in METHODS]
+    claimed = [(method, home, state[f"{home} | {method.spec}"]) for method, home in claimed if f"{home} | {method.spec}" in state]
+    if claimed:
+        text += ["## Each method at home, beside its paper", "",
+                 "| method | archetype | tokens | density | mass | selection / dense | speed-up | the paper | why it differs |",
+                 "|---|---|---|---|---|---|---|---|---|"]
+        for method, home, row in claimed:
+            text.append(f"| `{method.spec}` | `{method.home}` | {int(home.split()[2]):,} | {number(row['density'])} | "
+                        f"{number(mass_of(row))} | {number(row['selection_share'])} | {number(row['speed_up'], 2)} | "
+                        f"{method.claim} | {method.why} |")
         text.append("")
     return "\n".join(text)
 
@@ -189,7 +199,7 @@ def main():
     parser.add_argument("--model-tokens", type=int, default=8192)
     parser.add_argument("--no-model", action="store_true", help="leave the embedded model out")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--together", type=int, default=4, help="methods per run of tessera")
     parser.add_argument("--prefix", default="", help="command put before every run, to wait for a quiet machine")
     parser.add_argument("--state", type=pathlib.Path, default=pathlib.Path("prefill_table.json"))

@@ -42,7 +42,7 @@ struct MethodMeasurement {
 };
 
 struct ComparisonOptions {
-  int repeats = 3;
+  int repeats = 3;  ///< timings of each side, in turns; 1: dense attention is timed once, before all methods
   /// Times are what all threads of the process computed for, not what passed: ratios that hold on a busy machine.
   bool cpu_time = false;
   QualityOptions quality;
@@ -81,6 +81,7 @@ class Comparison {
   Plan dense_;
   std::vector<std::byte> dense_o_;
   std::vector<float> dense_lse_;
+  double first_dense_ms_ = 0;
 };
 
 /// `spec` with one more parameter; an error later if it has it already.

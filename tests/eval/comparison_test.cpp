@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <ctime>
 
 #include "score/attention_case.h"
 
@@ -39,6 +40,22 @@ TEST(Comparison, MeasuresAMethodAgainstDense) {
   EXPECT_GT(window.speed_up(), 0);
   // 100 GFLOP/s bound it: bytes are few at 10 GB/s.
   EXPECT_NEAR(window.predicted_ms, window.flops / 100e6, 1e-9);
+}
+
+TEST(Comparison, TimesMayBeThoseOfTheProcessor) {
+  const AttentionCase input({.name = "time", .q_heads = 2, .q_len = 512, .kv_len = 512});
+  for (const int repeats : {1, 3}) {
+    ComparisonOptions options = quick();
+    options.repeats = repeats;
+    options.cpu_time = true;
+    options.run.threads = 1;
+    const auto begin = std::clock();
+    const MethodMeasurement m = Comparison(input.problem, input.inputs, options).measure("xattention");
+    const double all_ms = 1e3 * static_cast<double>(std::clock() - begin) / static_cast<double>(CLOCKS_PER_SEC);
+    EXPECT_GT(m.dense_ms, 0);
+    EXPECT_GT(m.plan_ms, 0);
+    EXPECT_LE(m.plan_ms + m.kernel_ms + m.dense_ms, all_ms) << "they are parts of what the process computed";
+  }
 }
 
 TEST(Comparison, MethodsWithSideInputsAndBranchesRun) {
