@@ -40,7 +40,7 @@ struct Options {
   double memory_limit = 0;
   bool exact_products = false;
   bool ignore_eos = false;
-  bool bits_per_byte = false;
+  std::optional<bool> bits_per_byte;
   std::string logits_out;
   std::string dump_qkv;
   std::string dump_layers;
@@ -157,7 +157,7 @@ void run_run(const Options& options) {
   generate_options.max_tokens = options.tokens;
   generate_options.sampling = options.sampling;
   generate_options.stop_at_eos = !options.ignore_eos;
-  generate_options.bits_per_byte = options.json || options.bits_per_byte;
+  generate_options.bits_per_byte = options.bits_per_byte.value_or(options.json);
   generate_options.prefill.on_progress = [&](double done, std::int64_t total) {
     progress.show("prefill", done, total);
     if (done >= static_cast<double>(total)) progress.finish();
@@ -223,8 +223,9 @@ void add_run(CLI::App& app) {
   command->add_flag("--exact-products", options->exact_products,
                     "Multiply bf16 weights with float32 activations, more slowly");
   command->add_flag("--ignore-eos", options->ignore_eos, "Do not stop at an end-of-sequence token");
-  command->add_flag("--bits-per-byte", options->bits_per_byte,
-                    "Measure the bits per byte of the prompt (always with --json)");
+  command->add_flag(
+      "--bits-per-byte,!--no-bits-per-byte", options->bits_per_byte,
+      "Measure the bits per byte of the prompt, from the logits of all its tokens (default: with --json)");
   command->add_option("--logits-out", options->logits_out, "Write the prompt's logits: f32 [tokens, vocabulary]");
   command->add_option(
       "--dump-qkv", options->dump_qkv,
