@@ -11,6 +11,10 @@ target_compile_options(tessera_options INTERFACE -Wall -Wextra -Wpedantic -Wshad
 if(TESSERA_WARNINGS_AS_ERRORS)
   target_compile_options(tessera_options INTERFACE -Werror)
 endif()
+# Where the baseline has fused multiply-add, compilers contract a * b + c; here numbers are those of every machine.
+if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  target_compile_options(tessera_options INTERFACE -ffp-contract=off)
+endif()
 
 # tessera_layer(name [LINK targets...]): objects of src/<name>/**.cpp; inherits the links of the layers below.
 function(tessera_layer name)
@@ -31,9 +35,6 @@ endfunction()
 
 # Flags of the files that hold one instruction set each; every other file is built for the baseline machine.
 function(tessera_kernel_levels)
-  if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    return()
-  endif()
   set(avx2 -mavx2 -mfma -mf16c -mbmi2)
   # Debug builds of the kernel text would take minutes per test: keep the optimiser on. Sanitizers multiply the text of
   # the unrolled loops, and -O3 then takes seven times as long to compile as -O1.
@@ -54,7 +55,9 @@ function(tessera_kernel_levels)
   file(GLOB_RECURSE level_files CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/*/level_*.cpp)
   foreach(file IN LISTS level_files)
     # level_<isa>.cpp, or level_<isa>_<text>.cpp for a text that is built on its own.
-    if(file MATCHES "level_avx2[_.]")
+    if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+      set(flags -Wno-psabi)  # other levels are empty here, and NEON is part of the baseline of 64-bit Arm
+    elseif(file MATCHES "level_avx2[_.]")
       set(flags ${avx2})
     elseif(file MATCHES "level_avx512_bf16[_.]")
       set(flags ${avx512} -mavx512bf16 -mavx512vnni)

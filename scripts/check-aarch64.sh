@@ -1,51 +1,97 @@
 #!/bin/bash
-# Cross-compiles for 64-bit Arm (the portable kernels) with Debian's compiler and runs the result under qemu-user: the
-# tests of some layers, attention against the float64 reference, a model. The Arm libraries are unpacked beside the
-# build; the package lists of the system stay as they are. Needs the Debian packages g++-aarch64-linux-gnu, qemu-user and
-# those of the build. usage: scripts/check-aarch64.sh [--no-cli] [LAYER ...]      default: core io plan
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cli=true
-[[ ${1:-} != --no-cli ]] || { cli=false; shift; }
-layers=("$@")
-[[ $# -gt 0 ]] || layers=(core io plan)
+help() {
+  cat <<'TEXT'
+Cross-compiles for 64-bit Arm with Debian's compiler and runs the result under qemu-user.
+
+usage: scripts/check-aarch64.sh [--cli] [--wheel] [LAYER[:FILTER] ...]
+
+  LAYER     builds and runs the C++ tests of a layer: core, io, plan, cache, kernels, score, recurrent, methods, model,
+            eval, tune, view, or `all`; FILTER is one of GoogleTest, such as kernels:'Backward*'
+  --cli     the command line: its instruction sets, attention on each of them against the float64 reference, a model
+  --wheel   a wheel of the Python package for Arm, by cross compilation with nanobind's sources from .venv, and one
+            attention call in an emulated Python
+
+Without arguments: core io plan kernels. CI runs these; the others take up to a quarter of an hour each under emulation,
+most of it to compile. The Arm libraries are unpacked beside the build; the package lists of the system stay as they are.
+Needs the Debian packages of scripts/install-packages.sh build test cross.
+TEXT
+}
+
+cli=false
+wheel=false
+layers=()
+for argument in "$@"; do
+  case $argument in
+    -h | --help) help && exit 0 ;;
+    --cli) cli=true ;;
+    --wheel) wheel=true ;;
+    -*) echo "check-aarch64: unknown option '$argument'; see --help" >&2 && exit 2 ;;
+    all) layers+=(core io plan cache kernels score recurrent methods model eval tune view) ;;
+    *) layers+=("$argument") ;;
+  esac
+done
+[[ $# -gt 0 ]] || layers=(core io plan kernels)
 build=build/aarch64
 root=$PWD/$build/root
+triple=aarch64-linux-gnu
 
-if [[ ! -e $root/complete ]]; then
-  state=$PWD/$build/apt
-  mkdir -p "$state"/{lists/partial,cache/archives/partial,packages} "$root"
+packages=(libfmt-dev libfmt9 libdnnl-dev libdnnl2 libpng-dev libpng16-16 zlib1g-dev zlib1g ocl-icd-opencl-dev
+  ocl-icd-libopencl1 opencl-c-headers opencl-clhpp-headers libgtest-dev libgmock-dev nlohmann-json3-dev libcli11-dev
+  libpcre2-dev libpcre2-8-0 libutf8proc-dev libutf8proc2)
+! $wheel || packages+=(libpython3.11-dev libpython3.11-minimal libpython3.11-stdlib python3.11-minimal libexpat1
+  libffi8)
+state=$PWD/$build/apt
+mkdir -p "$state"/{lists/partial,cache/archives/partial,packages,unpacked} "$root"
+missing=()
+for package in "${packages[@]}"; do [[ -e $state/unpacked/$package ]] || missing+=("$package"); done
+if [[ ${#missing[@]} -gt 0 ]]; then
   touch "$state/status"
   arm=(-qq -o APT::Architecture=arm64 -o APT::Architectures::=arm64 -o APT::Sandbox::User=root
     -o "Dir::State=$state" -o "Dir::State::status=$state/status" -o "Dir::State::lists=$state/lists" -o "Dir::Cache=$state/cache")
   apt-get "${arm[@]}" update
-  (cd "$state/packages" && apt-get "${arm[@]}" download libfmt-dev libfmt9 libdnnl-dev libdnnl2 libpng-dev libpng16-16 \
-    zlib1g-dev zlib1g ocl-icd-opencl-dev ocl-icd-libopencl1 opencl-c-headers opencl-clhpp-headers libgtest-dev libgmock-dev \
-    nlohmann-json3-dev libcli11-dev)
-  for package in "$state"/packages/*.deb; do dpkg-deb --extract "$package" "$root"; done
-  touch "$root/complete"
+  (cd "$state/packages" && apt-get "${arm[@]}" download "${missing[@]}")
+  for package in "${missing[@]}"; do
+    dpkg-deb --extract "$state/packages/${package}_"*.deb "$root"
+    touch "$state/unpacked/$package"
+  done
 fi
 
-mkdir -p "$build"
-emulate=(qemu-aarch64 -L /usr/aarch64-linux-gnu
-  -E "LD_LIBRARY_PATH=$root/usr/lib/aarch64-linux-gnu:$root/lib/aarch64-linux-gnu" -E OMP_NUM_THREADS=2 -E OMP_WAIT_POLICY=passive)
-cmake -S . -B "$build" -G Ninja -DCMAKE_TOOLCHAIN_FILE="$PWD/cmake/aarch64-linux-gnu.cmake" -DTESSERA_ARM_ROOT="$root" \
-  -DCMAKE_BUILD_TYPE=Release -DTESSERA_BUILD_BENCHMARKS=OFF -DTESSERA_EMULATED_LEVELS=OFF \
-  -DCMAKE_CROSSCOMPILING_EMULATOR="$(IFS=";"; echo "${emulate[*]}")" -DTESSERA_CHART_JS="$(find /usr/share/javascript/chart.js /usr/share/nodejs/chart.js -name chart.min.js 2>/dev/null | head -n 1)" \
-  >"$build/configure.log" 2>&1 || { cat "$build/configure.log"; exit 1; }
-make_targets() { cmake --build "$build" --parallel "$(nproc)" --target "$@" >"$build/build.log" 2>&1 || { tail -n 60 "$build/build.log"; exit 1; }; }
+emulate=(qemu-aarch64 -L /usr/$triple -E "LD_LIBRARY_PATH=$root/usr/lib/$triple:$root/lib/$triple"
+  -E OMP_NUM_THREADS=2 -E OMP_WAIT_POLICY=passive)
+configure=(-G Ninja -DCMAKE_TOOLCHAIN_FILE="$PWD/cmake/aarch64-linux-gnu.cmake" -DTESSERA_ARM_ROOT="$root" -DCMAKE_BUILD_TYPE=Release
+  -DTESSERA_BUILD_BENCHMARKS=OFF
+  -DTESSERA_CHART_JS="$(find /usr/share/javascript/chart.js /usr/share/nodejs/chart.js -name chart.min.js 2>/dev/null | head -n 1)")
+log_of() { # file, command: the command's output goes to the file, and its end is shown when it fails
+  "${@:2}" >"$1" 2>&1 || { tail -n 60 "$1"; return 1; }
+}
+make_targets() { log_of "$build/build.log" cmake --build "$build" --parallel "$(nproc)" --target "$@"; }
 
+if $cli || [[ ${#layers[@]} -gt 0 ]]; then
+  log_of "$build/configure.log" cmake -S . -B "$build" "${configure[@]}" -DTESSERA_EMULATED_LEVELS=OFF \
+    -DCMAKE_CROSSCOMPILING_EMULATOR="$(IFS=";"; echo "${emulate[*]}")"
+fi
 for layer in "${layers[@]}"; do
+  filter='*'
+  [[ $layer != *:* ]] || filter=${layer#*:}
+  layer=${layer%%:*}
+  start=$SECONDS
   make_targets "test_$layer"
-  "${emulate[@]}" "$build/tests/test_$layer" --gtest_brief=1 >"$build/test_$layer.log" 2>&1 ||
-    { tail -n 60 "$build/test_$layer.log"; exit 1; }
-  tail -n 1 "$build/test_$layer.log" | sed "s/^/aarch64, $layer: /"
+  built=$SECONDS
+  log_of "$build/test_$layer.log" "${emulate[@]}" "$build/tests/test_$layer" --gtest_brief=1 --gtest_filter="$filter"
+  echo "aarch64, $layer: $(grep PASSED "$build/test_$layer.log"), built in $((built - start)) s, run in $((SECONDS - built)) s"
 done
-$cli || exit 0
 
-make_targets tessera_cli
-tessera=("${emulate[@]}" "$build/bin/tessera")
-python3 - "$build/qkv.safetensors" <<'PYTHON'
+if $cli; then
+  make_targets tessera_cli
+  tessera=("${emulate[@]}" "$build/bin/tessera")
+  "${tessera[@]}" bench peak --json | python3 -c '
+import json, sys
+sets = [peak["isa"] for peak in json.load(sys.stdin)["peaks"]]
+assert "portable" in sets and "neon" in sets, sets
+print("aarch64, instruction sets:", *sets)'
+  python3 - "$build/qkv.safetensors" <<'PYTHON'
 import json
 import random
 import struct
@@ -61,14 +107,51 @@ for name, heads in (("q", 4), ("k", 2), ("v", 2)):
 text = json.dumps(header).encode()
 open(sys.argv[1], "wb").write(struct.pack("<Q", len(text)) + text + data)
 PYTHON
-"${tessera[@]}" attend --qkv "$build/qkv.safetensors" --causal --compare --json | python3 -c '
+  for isa in portable neon; do
+    "${emulate[@]}" -E TESSERA_ISA=$isa "$build/bin/tessera" attend --qkv "$build/qkv.safetensors" --causal --compare --json | python3 -c '
 import json, sys
 error = json.load(sys.stdin)["error"]["rel_l2"]
 assert error < 1e-5, error
-print("aarch64, dense attention: relative error", error)'
-for method in streaming:n_init=16,n_local=32 xattention:block=32,stride=8 moba:block_size=32; do
-  "${tessera[@]}" attend --qkv "$build/qkv.safetensors" --method "$method" --causal --json >/dev/null
-  echo "aarch64, $method: runs"
-done
-printf 'The pass key is 4821. The pass key is' | "${tessera[@]}" run --model models/tessera-bytes --prompt - -n 4 --json |
-  python3 -c 'import json, sys; print("aarch64, a model writes", repr(json.load(sys.stdin)["text"]))'
+print(f"aarch64, dense attention on {sys.argv[1]}: relative error {error:.1e}")' $isa
+  done
+  for method in streaming:n_init=16,n_local=32 xattention:block=32,stride=8 moba:block_size=32; do
+    "${tessera[@]}" attend --qkv "$build/qkv.safetensors" --method "$method" --causal --json >/dev/null
+    echo "aarch64, $method: runs"
+  done
+  printf 'The pass key is 4821. The pass key is' | "${tessera[@]}" run --model models/tessera-bytes --prompt - -n 4 --json |
+    python3 -c 'import json, sys; print("aarch64, a model writes", repr(json.load(sys.stdin)["text"]))'
+fi
+
+if $wheel; then
+  python=.venv/bin/python
+  [[ $($python -c 'import sys; print("%d.%d" % sys.version_info[:2])') == 3.11 ]] ||
+    { echo "check-aarch64: the wheel is built against Debian's headers of Python 3.11; .venv has another version" >&2; exit 1; }
+  mkdir -p "$build/wheel"
+  rm -rf "$build"/wheel/*
+  options=()
+  for option in "${configure[@]:2}" "-DPython_INCLUDE_DIR=$root/usr/include/python3.11"; do options+=(-C "cmake.define.${option#-D}"); done
+  CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) _PYTHON_HOST_PLATFORM=linux-aarch64 SETUPTOOLS_EXT_SUFFIX=.cpython-311-$triple.so \
+    log_of "$build/wheel.log" $python -m pip wheel --verbose --disable-pip-version-check --no-build-isolation --no-deps \
+    --wheel-dir "$build/wheel" "${options[@]}" .
+  log_of "$build/wheel.log" $python -m pip install --disable-pip-version-check --target "$build/wheel/site" --upgrade \
+    --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 \
+    --platform linux_aarch64 "$build"/wheel/*.whl
+  "${emulate[@]}" -E "PYTHONHOME=$root/usr" -E "PYTHONPATH=$PWD/$build/wheel/site" "$root/usr/bin/python3.11" - <<'PYTHON'
+import platform
+
+import numpy as np
+import tessera
+
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((1, heads, 200, 48)).astype(np.float32) for heads in (4, 2, 2))
+scores = np.einsum("bhqd,bhkd->bhqk", q, k.repeat(2, 1), dtype=np.float64) / np.sqrt(48)
+scores[..., np.triu(np.ones((200, 200), bool), 1)] = -np.inf
+weights = np.exp(scores - scores.max(-1, keepdims=True))
+expected = weights / weights.sum(-1, keepdims=True) @ v.repeat(2, 1)
+for isa in tessera.supported_isas():
+    error = np.abs(tessera.attention(q, k, v, causal=True, isa=isa) - expected).max()
+    assert error < 1e-5, (isa, error)
+    print(f"wheel on {platform.machine()}: attention on {isa}, largest error {error:.1e}")
+PYTHON
+  du -h "$build"/wheel/*.whl | sed 's|\t.*/| |'
+fi

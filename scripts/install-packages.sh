@@ -1,6 +1,6 @@
 #!/bin/bash
 # Installs the Debian packages that a task needs, once: nothing is downloaded when all are there.
-# usage: scripts/install-packages.sh build|test|browser|lint|fuzz|docs ...
+# usage: scripts/install-packages.sh build|test|browser|lint|fuzz|docs|cross ...
 set -euo pipefail
 
 packages_of() {
@@ -10,10 +10,11 @@ packages_of() {
     test) echo libgtest-dev libgmock-dev libbenchmark-dev libsimde-dev python3 python3-dev python3-venv ;;
     browser) echo chromium fonts-dejavu-core ;;
     lint) echo clang-format clang-tidy libomp-dev ;;
+    cross) echo g++-aarch64-linux-gnu qemu-user ;;
     fuzz) echo clang libclang-rt-14-dev libomp-dev ;; # also the thread sanitizer
     docs) echo doxygen ;;
     *)
-      echo "install-packages: unknown group '$1'; expected build, test, browser, lint, fuzz or docs" >&2
+      echo "install-packages: unknown group '$1'; expected build, test, browser, lint, fuzz, docs or cross" >&2
       return 2
       ;;
   esac

@@ -104,7 +104,7 @@ struct AttentionOutputs {
 };
 
 /// Instruction sets with their own build of the kernel text.
-enum class Isa : std::uint8_t { portable, avx2, avx512, avx512_bf16 };
+enum class Isa : std::uint8_t { portable, avx2, avx512, avx512_bf16, neon };
 std::string_view name_of(Isa isa);
 /// Throws Error that lists the known names.
 Isa isa_from_name(std::string_view name);

@@ -15,7 +15,7 @@ namespace tessera {
 
 namespace {
 
-constexpr std::array<std::string_view, 4> kIsaNames{"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr std::array<std::string_view, 5> kIsaNames{"portable", "avx2", "avx512", "avx512_bf16", "neon"};
 
 #if defined(__x86_64__)
 /// Clang 14 does not know this feature by name.
@@ -38,6 +38,8 @@ bool find_supported(Isa isa) {
   switch (isa) {
     case Isa::portable:
       return true;
+    case Isa::neon:
+      return false;
     case Isa::avx2:
       return avx2;
     case Isa::avx512:
@@ -46,6 +48,8 @@ bool find_supported(Isa isa) {
       // Every machine with the one has the other, but a virtual machine may hide it.
       return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   }
+#elif defined(__aarch64__)
+  return isa == Isa::portable || isa == Isa::neon;  // part of every 64-bit Arm machine that runs Linux
 #endif
   return isa == Isa::portable;
 }

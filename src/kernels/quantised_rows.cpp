@@ -81,6 +81,9 @@ const ByteKernels& byte_kernels_of(Isa isa) {
       return bytes_avx512();
     case Isa::avx512_bf16:
       return bytes_avx512_bf16();
+#elif defined(__aarch64__)
+    case Isa::neon:
+      return bytes_neon();
 #endif
     default:
       return bytes_portable();

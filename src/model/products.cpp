@@ -11,6 +11,9 @@ const ProductLevel& products_of(Isa isa) {
       return products_avx512();
     case Isa::avx512_bf16:
       return products_avx512_bf16();
+#elif defined(__aarch64__)
+    case Isa::neon:
+      return products_neon();
 #endif
     default:
       return products_portable();

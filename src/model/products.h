@@ -49,6 +49,7 @@ const ProductLevel& products_portable();
 const ProductLevel& products_avx2();
 const ProductLevel& products_avx512();
 const ProductLevel& products_avx512_bf16();
+const ProductLevel& products_neon();
 const ProductLevel& products_of(Isa isa);
 
 }  // namespace tessera::model

@@ -157,6 +157,7 @@ struct LevelKernels {
 const LevelKernels& level_portable();
 const LevelKernels& level_avx2();
 const LevelKernels& level_avx512();
+const LevelKernels& level_neon();
 /// The table for an instruction set; bf16 dot products are not used, because states and decays are float32.
 const LevelKernels& level_of(Isa isa);
 

@@ -11,6 +11,9 @@ const LevelKernels& level_of(Isa isa) {
     case Isa::avx512:
     case Isa::avx512_bf16:
       return level_avx512();
+#elif defined(__aarch64__)
+    case Isa::neon:
+      return level_neon();
 #endif
     default:
       return level_portable();

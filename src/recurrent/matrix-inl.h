@@ -38,7 +38,7 @@ enum class Part : std::uint8_t {
 #if defined(TESSERA_LEVEL_AVX512)
 constexpr int kTileRows = 8;
 constexpr int kTilePanels = 2;
-#elif defined(TESSERA_LEVEL_AVX2)
+#elif defined(TESSERA_LEVEL_AVX2) || defined(TESSERA_LEVEL_NEON)
 constexpr int kTileRows = 6;
 constexpr int kTilePanels = 1;
 #else

@@ -18,6 +18,9 @@ const DeltaLevel& level_of(Isa isa) {
     case Isa::avx512:
     case Isa::avx512_bf16:
       return delta_avx512();
+#elif defined(__aarch64__)
+    case Isa::neon:
+      return delta_neon();
 #endif
     default:
       return delta_portable();

@@ -9,7 +9,7 @@
 #if defined(TESSERA_LEVEL_AVX512)
 constexpr int kGatheredRows = 8;
 constexpr int kGatheredPanels = 4;
-#elif defined(TESSERA_LEVEL_AVX2)
+#elif defined(TESSERA_LEVEL_AVX2) || defined(TESSERA_LEVEL_NEON)
 constexpr int kGatheredRows = 6;
 constexpr int kGatheredPanels = 1;
 #else

@@ -10,9 +10,11 @@ const GatheredLevel& gathered_portable();
 const GatheredLevel& gathered_avx2();
 const GatheredLevel& gathered_avx512();
 const GatheredLevel& gathered_avx512_bf16();
+const GatheredLevel& gathered_neon();
 
 const DeltaLevel& delta_portable();
 const DeltaLevel& delta_avx2();
 const DeltaLevel& delta_avx512();
+const DeltaLevel& delta_neon();
 
 }  // namespace tessera::score

@@ -25,6 +25,9 @@ const GatheredLevel& level_of(Isa isa) {
       return gathered_avx512();
     case Isa::avx512_bf16:
       return gathered_avx512_bf16();
+#elif defined(__aarch64__)
+    case Isa::neon:
+      return gathered_neon();
 #endif
     default:
       return gathered_portable();

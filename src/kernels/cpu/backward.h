@@ -103,5 +103,6 @@ const BackwardKernels& backward_portable();
 const BackwardKernels& backward_avx2();
 const BackwardKernels& backward_avx512();
 const BackwardKernels& backward_avx512_bf16();
+const BackwardKernels& backward_neon();
 
 }  // namespace tessera::kernels

@@ -78,6 +78,7 @@ const ByteKernels& bytes_portable();
 const ByteKernels& bytes_avx2();
 const ByteKernels& bytes_avx512();
 const ByteKernels& bytes_avx512_bf16();
+const ByteKernels& bytes_neon();
 /// Kernel table of an instruction set (which this machine must be able to run).
 const ByteKernels& byte_kernels_of(Isa isa);
 

@@ -13,6 +13,9 @@ const LevelKernels& level_of(Isa isa) {
       return level_avx512();
     case Isa::avx512_bf16:
       return level_avx512_bf16();
+#elif defined(__aarch64__)
+    case Isa::neon:
+      return level_neon();
 #endif
     default:
       return level_portable();

@@ -5,7 +5,7 @@ template <class Product>
 double product_rounds(std::int64_t iterations, float* sink) {
 #if defined(TESSERA_LEVEL_AVX512)
   constexpr int chains = 24;
-#elif defined(TESSERA_LEVEL_AVX2)
+#elif defined(TESSERA_LEVEL_AVX2) || defined(TESSERA_LEVEL_NEON)
   constexpr int chains = 12;
 #else
   constexpr int chains = 6;
@@ -21,6 +21,8 @@ double product_rounds(std::int64_t iterations, float* sink) {
     // Keeps the loop from being folded.
 #if (defined(TESSERA_LEVEL_AVX512) || defined(TESSERA_LEVEL_AVX2)) && !defined(TESSERA_EMULATE_AVX512)
     asm volatile("" : "+x"(b));
+#elif defined(TESSERA_LEVEL_NEON)
+    asm volatile("" : "+w"(b.low), "+w"(b.high));
 #else
     asm volatile("" : "+m"(b));
 #endif

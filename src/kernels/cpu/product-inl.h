@@ -20,11 +20,11 @@ struct PairProduct {
 };
 #endif
 
-// Rows x panels held in registers: 6 x 4 of 32 registers, 6 x 2 of 16, 2 x 4 of 16 halves.
+// Rows x panels held in registers: 6 x 4 of 32 registers, 6 x 2 of 16 or of 32 halves, 2 x 4 of 16 halves.
 #if defined(TESSERA_LEVEL_AVX512)
 constexpr int kRegisterRows = 6;
 constexpr int kRegisterPanels = 4;
-#elif defined(TESSERA_LEVEL_AVX2)
+#elif defined(TESSERA_LEVEL_AVX2) || defined(TESSERA_LEVEL_NEON)
 constexpr int kRegisterRows = 6;
 constexpr int kRegisterPanels = 1;
 #else

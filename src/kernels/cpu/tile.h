@@ -238,6 +238,7 @@ const LevelKernels& level_portable();
 const LevelKernels& level_avx2();
 const LevelKernels& level_avx512();
 const LevelKernels& level_avx512_bf16();
+const LevelKernels& level_neon();
 
 /// Accumulators of a key-major job in floats: queries, outputs and states of all its rows.
 std::int64_t key_major_accumulator_floats(const TileShape& shape, std::int64_t rows);

@@ -157,6 +157,63 @@ struct ByteProduct {
   }
 };
 
+#elif defined(TESSERA_LEVEL_NEON)
+
+inline IntVec to_int(Vec x) {
+  return {vcvtq_s32_f32(x.low), vcvtq_s32_f32(x.high)};
+}
+inline IntVec sub_int(IntVec a, IntVec b) {
+  return {vsubq_s32(a.low, b.low), vsubq_s32(a.high, b.high)};
+}
+inline IntVec add_int(IntVec a, IntVec b) {
+  return {vaddq_s32(a.low, b.low), vaddq_s32(a.high, b.high)};
+}
+inline void store_low_bytes(std::uint8_t* p, IntVec x) {
+  const int16x8_t halves = vcombine_s16(vmovn_s32(x.low), vmovn_s32(x.high));
+  vst1_u8(p, vreinterpret_u8_s8(vmovn_s16(halves)));
+}
+inline float half_to_float(std::uint16_t bits) {
+  return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(bits))), 0);
+}
+inline IntVec load_halves(const void* p, std::int64_t) {
+  const auto* bytes = static_cast<const std::uint8_t*>(p);
+  return {vreinterpretq_s32_u8(vld1q_u8(bytes)), vreinterpretq_s32_u8(vld1q_u8(bytes + 16))};
+}
+inline Vec spread_halves(const float* p, std::int64_t) {
+  return set1(*p);
+}
+inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t) {
+  return set1(half_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8)));
+}
+inline IntVec flip_signs(IntVec bytes) {
+  const int32x4_t signs = vreinterpretq_s32_u8(vdupq_n_u8(0x80));
+  return {veorq_s32(bytes.low, signs), veorq_s32(bytes.high, signs)};
+}
+inline Vec bytes_as_numbers(const std::uint8_t* bytes) {
+  const uint16x8_t halves = vmovl_u8(vld1_u8(bytes));
+  return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(halves))), vcvtq_f32_u32(vmovl_high_u16(halves))};
+}
+inline void weigh_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
+  store(to, mul(mul(bytes_as_numbers(bytes), set1(factor)), load(weights)));
+}
+inline void add_weighed_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
+  store(to, fma(mul(bytes_as_numbers(bytes), set1(factor)), load(weights), load(to)));
+}
+template <int lanes>
+inline Vec spread_lanes(const float* p) {
+  return {vdupq_n_f32(p[0]), vdupq_n_f32(p[lanes == 8 ? 0 : 1])};
+}
+inline IntVec to_words(Vec x) {
+  return {vreinterpretq_s32_f32(x.low), vreinterpretq_s32_f32(x.high)};
+}
+struct ByteProduct {
+  static constexpr int keys_per_word = 4;
+  static Vec multiply_add(Vec a, Vec b, Vec acc) {
+    const IntVec sum = multiply_add_bytes<true>(to_words(a), to_words(b), to_words(acc));
+    return {vreinterpretq_f32_s32(sum.low), vreinterpretq_f32_s32(sum.high)};
+  }
+};
+
 #else  // portable
 
 inline IntVec to_int(Vec x) {
