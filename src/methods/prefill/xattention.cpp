@@ -5,6 +5,11 @@
 // causality by groups; row softmax; W[i][j] = sum of the patch probabilities inside the tile. Per query tile, tiles are
 // added in descending W to the forced first and diagonal tile until they hold tau of the row's W.
 //
+// A single hot key is one of the S terms of the antidiagonals that cross it, so that X sees its logit divided by S:
+// clusters and lines a few tokens wide are found, keys that stand alone are not. With the defaults the generated heads
+// `blocks` keep 0.95 of the mass at 8,192 tokens, `slash` 0.97, `vertical-slash` 0.8 (stride 4: 0.8; stride 1, whose W
+// is the exact mass: 0.92).
+//
 // Differs from the authors' code: keys past the end are masked instead of scored as zero; ties go to the earlier tile;
 // the forced tiles are a set (in the first query tile they are one tile); patches of queries are counted from the
 // first query of the call, so with chunked prefill whose offset is not a multiple of the tile two diagonal tiles are
