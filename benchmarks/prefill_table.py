@@ -181,7 +181,7 @@ def markdown(options, state):
     labels = list(dict.fromkeys(key.partition(" | ")[0] for key in state))
     text = ["# Prefill methods: what they keep, lose and cost", "",
             "Written by `benchmarks/prefill_table.py` from `tessera compare` ([comparing.md](comparing.md) says what the "
-            "columns mean): every method at its published defaults, head dim 128, bf16, one kv head, query heads as named.",
+            "columns mean): every method at its published defaults, head dim 128, bf16, one kv head (the model: as it is).",
             "`mass` is the share of dense softmax probability that is computed, the mean over all rows; it is empty for "
             "methods that estimate scores or denominators. `selection / dense` is the CPU time of choosing over that of "
             "dense attention in the same run, `speed-up` dense over choosing plus running.", ""]
