@@ -15,6 +15,8 @@ namespace tessera {
 
 namespace {
 
+[[maybe_unused]] constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
 std::string reason(int error) {
   return std::generic_category().message(error);
 }
@@ -47,6 +49,11 @@ MappedFile::MappedFile(const std::filesystem::path& path) {
   if (size == 0) return;  // an empty mapping is an error for mmap, not for us
   void* address = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.value(), 0);
   require(address != MAP_FAILED, "{}: cannot be mapped ({} bytes): {}", path.string(), size, reason(errno));
+#if defined(MADV_HUGEPAGE)
+  // Weights are read through for every token: file systems that can then read into huge pages, which spares address
+  // translations. A wish: what the system says to it does not matter.
+  if (size >= kHugePage) madvise(address, size, MADV_HUGEPAGE);
+#endif
   bytes_ = {static_cast<const std::byte*>(address), size};
 }
 

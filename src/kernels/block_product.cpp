@@ -1,60 +1,88 @@
 #include "kernels/block_product.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "core/parallel.h"
+#include "kernels/cpu/aligned_buffer.h"
 #include "kernels/cpu/bytes.h"
 
 namespace tessera::kernels {
 
 namespace {
 
-/// Bytes of weights that a thread takes at a time: much more than the start of a stream costs.
-constexpr std::int64_t kItemBytes = 1 << 16;
+/// Bytes of weights that a thread takes at a time: much more than the start of a stream costs, and a small part of what
+/// all threads do.
+constexpr std::int64_t kLeastItemBytes = 1 << 16;
+constexpr std::int64_t kMostItemBytes = 1 << 19;
+constexpr std::int64_t kItemsWanted = 32;
 /// Matrices below this are read before a second thread has started.
-constexpr std::int64_t kSmallBytes = 1 << 17;
+constexpr std::int64_t kSmallBytes = 1 << 16;
 
-/// Owns what ByteActivations refers to.
-struct Activations {
-  std::vector<std::int8_t> bytes;
-  std::vector<float> scales;
-  std::vector<float> sums;
-  std::vector<float> sums_of_groups;
-  std::vector<std::int32_t> shifts;
-
-  ByteActivations quantise(const ByteKernels& kernels, const float* x, std::int64_t rows, std::int64_t inputs) {
+/// Rows as ByteActivations, each array at the start of a cache line.
+class Activations {
+ public:
+  Activations(const ByteKernels& kernels, const float* x, std::int64_t rows, std::int64_t inputs) {
     const std::int64_t padded = (inputs + kBlockChunk - 1) / kBlockChunk * kBlockChunk;
-    bytes.assign(static_cast<std::size_t>(rows * padded), 0);
-    scales.assign(static_cast<std::size_t>(rows * padded / kActivationGroup), 0);
-    sums.assign(static_cast<std::size_t>(rows * padded / 16), 0);
-    sums_of_groups.assign(static_cast<std::size_t>(rows * padded / 32), 0);
-    shifts.assign(static_cast<std::size_t>(rows * padded / 4), 0);
+    // Two bytes and, in floats, two numbers of a group of 32 and one of 16 for every activation.
+    buffer_ = AlignedBuffer(static_cast<std::size_t>(rows * padded / 2 * 5));
+    std::memset(buffer_.data(), 0, buffer_.bytes());
+    auto* bytes = reinterpret_cast<std::int8_t*>(buffer_.data());
+    std::int8_t* paired = bytes + rows * padded;
+    auto* scales = reinterpret_cast<float*>(paired + rows * padded);
+    float* sums_of_groups = scales + rows * padded / kActivationGroup;
+    float* sums = sums_of_groups + rows * padded / kActivationGroup;
     for (std::int64_t r = 0; r < rows; ++r) {
-      kernels.quantise_activations(x + r * inputs, inputs, bytes.data() + r * padded,
-                                   scales.data() + r * padded / kActivationGroup, sums.data() + r * padded / 16,
-                                   sums_of_groups.data() + r * padded / 32, shifts.data() + r * padded / 4);
+      kernels.quantise_activations(x + r * inputs, inputs, bytes + r * padded, paired + r * padded,
+                                   scales + r * padded / kActivationGroup, sums + r * padded / 16,
+                                   sums_of_groups + r * padded / kActivationGroup);
     }
-    return {rows, padded, bytes.data(), scales.data(), sums.data(), sums_of_groups.data(), shifts.data()};
+    view_ = {rows, padded, bytes, paired, scales, sums, sums_of_groups};
   }
+  const ByteActivations& view() const { return view_; }
+
+ private:
+  AlignedBuffer buffer_;
+  ByteActivations view_{};
 };
 
 }  // namespace
 
 void multiply_blocks(const BlockRows& weights, const float* x, std::int64_t rows, float* y, int threads, Isa isa) {
+  const BlockProduct product{weights, y};
+  multiply_blocks(std::span(&product, 1), x, rows, threads, isa);
+}
+
+void multiply_blocks(std::span<const BlockProduct> products, const float* x, std::int64_t rows, int threads, Isa isa) {
+  if (products.empty()) return;
   const ByteKernels& kernels = byte_kernels_of(isa);
-  const std::int64_t item = std::clamp<std::int64_t>(kItemBytes / weights.row_bytes, 1, weights.outputs);
-  const std::int64_t items = (weights.outputs + item - 1) / item;
-  const bool small = weights.outputs * weights.row_bytes < kSmallBytes;
-  Activations activations;
+  const std::int64_t inputs = products.front().weights.inputs;
+  std::int64_t bytes = 0;
+  for (const BlockProduct& product : products) bytes += product.weights.outputs * product.weights.row_bytes;
+  const std::int64_t item_bytes = std::clamp(bytes / kItemsWanted, kLeastItemBytes, kMostItemBytes);
+  struct Item {
+    const BlockProduct* product;
+    std::int64_t first;
+    std::int64_t outputs;
+  };
+  std::vector<Item> items;
+  for (const BlockProduct& product : products) {
+    const std::int64_t outputs = product.weights.outputs;
+    const std::int64_t most = std::max<std::int64_t>(item_bytes / product.weights.row_bytes, 1);
+    for (std::int64_t first = 0; first < outputs; first += most) {
+      items.push_back({&product, first, std::min(most, outputs - first)});
+    }
+  }
   for (std::int64_t first = 0; first < rows; first += kBlockRows) {
-    const ByteActivations bytes =
-        activations.quantise(kernels, x + first * weights.inputs, std::min(kBlockRows, rows - first), weights.inputs);
-    parallel_for(items, small ? 1 : threads, [&](std::int64_t i, int) {
-      BlockRows part = weights;
-      part.blocks += i * item * weights.row_bytes;
-      part.outputs = std::min(item, weights.outputs - i * item);
-      kernels.multiply_blocks(part, bytes, y + first * weights.outputs + i * item, weights.outputs);
+    const Activations activations(kernels, x + first * inputs, std::min(kBlockRows, rows - first), inputs);
+    parallel_for(std::ssize(items), bytes < kSmallBytes ? 1 : threads, [&](std::int64_t i, int) {
+      const auto& [product, output, outputs] = items[static_cast<std::size_t>(i)];
+      BlockRows part = product->weights;
+      part.blocks += output * part.row_bytes;
+      part.outputs = outputs;
+      const std::int64_t stride = product->weights.outputs;
+      kernels.multiply_blocks(part, activations.view(), product->y + first * stride + output, stride);
     });
   }
 }

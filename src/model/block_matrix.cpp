@@ -11,19 +11,18 @@
 namespace tessera::model {
 
 BlockMatrix::BlockMatrix(std::span<const std::byte> blocks, GgmlType type, std::int64_t outputs, std::int64_t inputs)
-    : Matrix(outputs, inputs), blocks_(blocks.data()), type_(type), row_bytes_(bytes_of(type, inputs)) {
+    : Matrix(outputs, inputs), rows_{type, blocks.data(), bytes_of(type, inputs), outputs, inputs} {
   assert(inputs % block_of(type).numbers == 0);
-  assert(static_cast<std::int64_t>(blocks.size()) == outputs * row_bytes_);
+  assert(static_cast<std::int64_t>(blocks.size()) == outputs * rows_.row_bytes);
 }
 
 void BlockMatrix::row(std::int64_t output, float* out) const {
-  dequantise(type_, blocks_ + output * row_bytes_, inputs(), out);
+  dequantise(rows_.type, rows_.blocks + output * rows_.row_bytes, inputs(), out);
 }
 
 void BlockMatrix::multiply(const float* x, std::int64_t rows, float* y, const ProductOptions& options) const {
   if (rows <= kernels::kBlockRows && !options.exact) {
-    kernels::multiply_blocks({type_, blocks_, row_bytes_, outputs(), inputs()}, x, rows, y, options.threads,
-                             options.isa.value_or(default_isa()));
+    kernels::multiply_blocks(rows_, x, rows, y, options.threads, options.isa.value_or(default_isa()));
   } else {
     multiply_widened(x, rows, y, options);
   }
@@ -65,11 +64,11 @@ void BlockMatrix::multiply_widened(const float* x, std::int64_t rows, float* y, 
     auto* floats = reinterpret_cast<float*>(weights + (pairs ? kPanelOutputs * words : 0));
     if (pairs) {
       for (std::int64_t output = 0; output < count; ++output) {
-        kernels::widen_blocks(type_, blocks_ + (first + output) * row_bytes_, inputs(), floats, isa);
+        kernels::widen_blocks(rows_.type, rows_.blocks + (first + output) * rows_.row_bytes, inputs(), floats, isa);
         level.round_pairs(floats, inputs(), reinterpret_cast<std::uint16_t*>(weights + output * words), words);
       }
     } else {
-      kernels::widen_blocks(type_, blocks_ + first * row_bytes_, count * inputs(), floats, isa);
+      kernels::widen_blocks(rows_.type, rows_.blocks + first * rows_.row_bytes, count * inputs(), floats, isa);
     }
     level.panel({.weights = reinterpret_cast<const std::byte*>(weights),
                  .dtype = pairs ? DType::bf16 : DType::f32,
@@ -88,7 +87,7 @@ void BlockMatrix::multiply_widened(const float* x, std::int64_t rows, float* y, 
 
 void BlockMatrix::multiply_back(const float* d_y, std::int64_t rows, float* d_x, int threads) const {
   std::vector<float> weights(static_cast<std::size_t>(outputs() * inputs()));
-  dequantise(type_, blocks_, outputs() * inputs(), weights.data());
+  dequantise(rows_.type, rows_.blocks, outputs() * inputs(), weights.data());
   linear_backward(weights, inputs(), outputs(), d_y, rows, d_x, threads);
 }
 

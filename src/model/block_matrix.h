@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "io/ggml_blocks.h"
+#include "kernels/cpu/blocks.h"
 #include "model/matrix.h"
 
 namespace tessera::model {
@@ -20,14 +21,13 @@ class BlockMatrix final : public Matrix {
   void multiply(const float* x, std::int64_t rows, float* y, const ProductOptions& options) const override;
   void row(std::int64_t output, float* out) const override;
   void multiply_back(const float* d_y, std::int64_t rows, float* d_x, int threads) const override;
-  std::size_t stored_bytes() const override { return static_cast<std::size_t>(outputs() * row_bytes_); }
+  std::size_t stored_bytes() const override { return static_cast<std::size_t>(rows_.outputs * rows_.row_bytes); }
+  const kernels::BlockRows* blocks() const override { return &rows_; }
 
  private:
   void multiply_widened(const float* x, std::int64_t rows, float* y, const ProductOptions& options) const;
 
-  const std::byte* blocks_;
-  GgmlType type_;
-  std::int64_t row_bytes_;
+  kernels::BlockRows rows_;
 };
 
 }  // namespace tessera::model

@@ -4,6 +4,7 @@
 
 #include "core/convert.h"
 #include "core/parallel.h"
+#include "kernels/block_product.h"
 #include "model/layers/linear.h"
 #include "model/products.h"
 
@@ -17,6 +18,21 @@ constexpr std::int64_t kFewRows = 12;
 constexpr std::int64_t kStreamed = 128;
 
 }  // namespace
+
+void multiply_together(std::span<const MatrixProduct> products, const float* x, std::int64_t rows,
+                       const ProductOptions& options) {
+  std::vector<kernels::BlockProduct> blocks;
+  if (rows <= kernels::kBlockRows && !options.exact) {
+    for (const auto& [matrix, y] : products) {
+      if (const kernels::BlockRows* weights = matrix->blocks()) blocks.push_back({*weights, y});
+    }
+  }
+  if (blocks.size() == products.size()) {
+    kernels::multiply_blocks(blocks, x, rows, options.threads, options.isa.value_or(default_isa()));
+  } else {
+    for (const auto& [matrix, y] : products) matrix->multiply(x, rows, y, options);
+  }
+}
 
 DenseMatrix::DenseMatrix(std::span<const std::byte> bytes, DType dtype, std::int64_t outputs, std::int64_t inputs)
     : Matrix(outputs, inputs), data_(bytes.data()), dtype_(dtype) {

@@ -12,6 +12,10 @@
 #include "tessera/attention.h"
 #include "tessera/core.h"
 
+namespace tessera::kernels {
+struct BlockRows;
+}
+
 namespace tessera::model {
 
 /// Memory that products use again. One product at a time.
@@ -48,6 +52,8 @@ class Matrix {
   virtual void multiply_back(const float* d_y, std::int64_t rows, float* d_x, int threads) const = 0;
   /// Bytes that a product with one row reads, in the form of the file.
   virtual std::size_t stored_bytes() const = 0;
+  /// The weights where they lie in blocks; else null.
+  virtual const kernels::BlockRows* blocks() const { return nullptr; }
   /// Bytes on the heap (mapped ones not counted).
   virtual std::size_t heap_bytes() const { return 0; }
 
@@ -55,6 +61,17 @@ class Matrix {
   std::int64_t outputs_;
   std::int64_t inputs_;
 };
+
+/// One of several products of the same activations.
+struct MatrixProduct {
+  const Matrix* matrix;
+  float* y;
+};
+
+/// Matrix::multiply for matrices with the same number of inputs. Few rows that meet blocks are prepared once, and
+/// threads meet once.
+void multiply_together(std::span<const MatrixProduct> products, const float* x, std::int64_t rows,
+                       const ProductOptions& options);
 
 /// A matrix of f32, bf16 or f16 numbers that somebody else keeps.
 class DenseMatrix final : public Matrix {

@@ -62,25 +62,24 @@ std::vector<float> random_floats(std::int64_t count, std::mt19937& random) {
 }
 
 struct Quantised {
-  std::vector<std::int8_t> bytes;
+  std::vector<std::int8_t> bytes, paired;
   std::vector<float> scales, sums, sums_of_groups;
-  std::vector<std::int32_t> shifts;
   ByteActivations view;
 };
 Quantised quantised(const ByteKernels& table, const std::vector<float>& x, std::int64_t rows, std::int64_t inputs) {
   const std::int64_t padded = (inputs + kBlockChunk - 1) / kBlockChunk * kBlockChunk;
   Quantised q;
   q.bytes.resize(static_cast<std::size_t>(rows * padded));
+  q.paired.resize(static_cast<std::size_t>(rows * padded));
   q.scales.resize(static_cast<std::size_t>(rows * padded / 32));
   q.sums.resize(static_cast<std::size_t>(rows * padded / 16));
   q.sums_of_groups.resize(static_cast<std::size_t>(rows * padded / 32));
-  q.shifts.resize(static_cast<std::size_t>(rows * padded / 4));
   for (std::int64_t r = 0; r < rows; ++r) {
-    table.quantise_activations(x.data() + r * inputs, inputs, q.bytes.data() + r * padded,
+    table.quantise_activations(x.data() + r * inputs, inputs, q.bytes.data() + r * padded, q.paired.data() + r * padded,
                                q.scales.data() + r * padded / 32, q.sums.data() + r * padded / 16,
-                               q.sums_of_groups.data() + r * padded / 32, q.shifts.data() + r * padded / 4);
+                               q.sums_of_groups.data() + r * padded / 32);
   }
-  q.view = {rows, padded, q.bytes.data(), q.scales.data(), q.sums.data(), q.sums_of_groups.data(), q.shifts.data()};
+  q.view = {rows, padded, q.bytes.data(), q.paired.data(), q.scales.data(), q.sums.data(), q.sums_of_groups.data()};
   return q;
 }
 
@@ -89,7 +88,7 @@ TEST(BlockProduct, FollowsTheDefinition) {
   for (const auto& [name, table] : tested_tables()) {
     for (const GgmlType type : kTypes) {
       const std::int64_t block = block_of(type).numbers;
-      for (const std::int64_t blocks : {1, 3, 4, 9, 33}) {
+      for (const std::int64_t blocks : {1, 3, 4, 9, 28, 33}) {
         SCOPED_TRACE(name + " " + name_of(type) + " " + std::to_string(blocks));
         const std::int64_t inputs = block * blocks;
         const std::int64_t outputs = 1 + blocks % 4;

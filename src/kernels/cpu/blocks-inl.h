@@ -223,68 +223,209 @@ inline void multiply_rows(const BlockRows& weights, const ByteActivations& x, fl
   }
 }
 
-/// Blocks of 32 that a vector of words holds.
-constexpr int kHalves = kLanes / 8;
+// One row of activations, which is what decoding multiplies: codes go from memory to a register and never through a
+// buffer.
 
-/// A row of Q8_0 times one row of activations, without a buffer between: what decoding mostly reads.
-inline float dot_q8_0(const std::uint8_t* p, std::int64_t inputs, const ByteActivations& x) {
-  constexpr std::int64_t size = BlockQ8_0::bytes;
-  Vec acc[2]{zero(), zero()};
-  const std::int64_t blocks = inputs / 32;
-  const auto step = [&](const std::uint8_t* block, std::int64_t b, int chain) {
-    // Codes are shifted by 128 to be unsigned; the sums of the activations' bytes take that off again.
-    const IntVec codes = flip_signs(load_halves(block + 2, size));
-    const IntVec start = load_int(x.shifts + b * 8);
-    const IntVec numbers = load_int(reinterpret_cast<const std::int32_t*>(x.bytes + b * 32));
-    const Vec scale = mul(spread_half_numbers(block, size), spread_halves(x.scales + b, 1));
-    acc[chain] = fma(to_float(multiply_add_bytes<true>(codes, numbers, start)), scale, acc[chain]);
-  };
-  std::int64_t b = 0;
-  for (; b + 2 * kHalves <= blocks; b += 2 * kHalves) {
-    const std::uint8_t* block = p + b * size;
-    __builtin_prefetch(block + 4096, 0, 2);
-    __builtin_prefetch(block + 4096 + 64, 0, 2);
-    step(block, b, 0);
-    step(block + kHalves * size, b + kHalves, 1);
-  }
-  if (b < blocks) {
-    // The last blocks, filled up with blocks of scale 0.
-    std::uint8_t rest[2 * kHalves * size]{};
-    std::memcpy(rest, p + b * size, static_cast<std::size_t>((blocks - b) * size));
-    step(rest, b, 0);
-    if (blocks - b > kHalves) step(rest + kHalves * size, b + kHalves, 1);
-  }
-  return reduce_add(add(acc[0], acc[1]));
+/// Groups of 32 numbers that a vector of words holds.
+constexpr int kHalves = kLanes / 8;
+/// Rows of weights whose sums are reduced together.
+constexpr std::int64_t kRowsTogether = 4;
+/// How far ahead weights are asked for: memory is not waited for, and what lies behind the last row is not touched by
+/// asking.
+constexpr std::int64_t kAhead = 4096;
+
+inline void prefetch_ahead(const std::uint8_t* p, std::int64_t bytes) {
+  for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + kAhead + line, 0, 2);
 }
 
-/// The same for Q4_K.
-inline float dot_q4_k(const std::uint8_t* p, std::int64_t inputs, const ByteActivations& x) {
+/// dot(row, sums) for every row of weights, reduced in fours.
+template <class Dot>
+inline void for_each_row(const BlockRows& weights, float* y, const Dot& dot) {
+  for (std::int64_t o = 0; o < weights.outputs; o += kRowsTogether) {
+    const std::int64_t rows = std::min(kRowsTogether, weights.outputs - o);
+    Vec sums[kRowsTogether]{zero(), zero(), zero(), zero()};
+    for (std::int64_t r = 0; r < rows; ++r) {
+      sums[r] = dot(reinterpret_cast<const std::uint8_t*>(weights.blocks + (o + r) * weights.row_bytes));
+    }
+    float results[kRowsTogether];
+    reduce_add4(sums, results);
+    for (std::int64_t r = 0; r < rows; ++r) y[o + r] = results[r];
+  }
+}
+
+// Types of 32 numbers with one f16 scale at the start of a block: their codes as unsigned bytes, and what stands for 0.
+
+struct CodesQ8_0 {
+  static constexpr std::int64_t bytes = BlockQ8_0::bytes;
+  static constexpr bool wide = true;
+  static constexpr float none = 128;
+  static IntVec load(const std::uint8_t* p) { return flip_signs(load_halves(p + 2, bytes)); }
+};
+struct CodesQ4_0 {
+  static constexpr std::int64_t bytes = BlockNibbles<false, false>::bytes;
+  static constexpr bool wide = false;
+  static constexpr float none = 8;
+  static IntVec load(const std::uint8_t* p) { return load_nibbles(p + 2, bytes); }
+};
+struct CodesQ5_0 {
+  static constexpr std::int64_t bytes = BlockNibbles<false, true>::bytes;
+  static constexpr bool wide = false;
+  static constexpr float none = 16;
+  static IntVec load(const std::uint8_t* p) { return add_fifth_bits(load_nibbles(p + 6, bytes), p + 2, bytes); }
+};
+
+template <class Codes>
+inline Vec dot_one_scale(const std::uint8_t* p, std::int64_t blocks, const ByteActivations& x) {
+  constexpr std::int64_t size = Codes::bytes;
+  constexpr int steps = kLanes / kHalves;
   Vec acc[2]{zero(), zero()};
-  alignas(32) float minima[8]{};
+  Vec low = zero();
+  // Blocks [first, first + kLanes), of which those before `begin` were multiplied before.
+  const auto lanes = [&](const std::uint8_t* block, std::int64_t first, int begin) __attribute__((always_inline)) {
+    Vec own = collect_half_numbers(block, size);
+    if (begin > 0) own = select(mask_from_bits(~0U << begin), own, zero());
+    const Vec factors = mul(own, load(x.scales + first));
+    low = fma(own, load(x.sums_of_groups + first), low);
+#pragma GCC unroll 8
+    for (int i = 0; i < steps; ++i) {
+      if (i * kHalves < begin) continue;
+      const IntVec codes = Codes::load(block + i * kHalves * size);
+      const IntVec numbers = load_int(reinterpret_cast<const std::int32_t*>(x.bytes + (first + i * kHalves) * 32));
+      const Vec products = to_float(multiply_add_bytes<Codes::wide>(codes, numbers, set1_int(0)));
+      acc[i % 2] = fma(products, spread_two<1>(factors, i * kHalves), acc[i % 2]);
+    }
+  };
+  std::int64_t first = 0;
+  for (; first + kLanes <= blocks; first += kLanes) {
+    prefetch_ahead(p + first * size, kLanes * size);
+    lanes(p + first * size, first, 0);
+  }
+  const std::int64_t rest = blocks - first;
+  if (rest > 0 && rest % kHalves == 0 && blocks >= kLanes) {
+    // The last vector of blocks reaches back.
+    prefetch_ahead(p + first * size, rest * size);
+    lanes(p + (blocks - kLanes) * size, blocks - kLanes, static_cast<int>(kLanes - rest));
+  } else if (rest > 0) {
+    std::uint8_t last[kLanes * size]{};
+    std::memcpy(last, p + first * size, static_cast<std::size_t>(rest * size));
+    lanes(last, first, 0);
+  }
+  return fma(low, set1(-Codes::none), add(acc[0], acc[1]));
+}
+
+/// Q4_K, and Q5_K where there is a fifth bit.
+template <bool fifth>
+inline Vec dot_q45_k(const std::uint8_t* p, std::int64_t inputs, const ByteActivations& x) {
+  constexpr std::int64_t size = BlockQ45K<fifth>::bytes;
+  Vec acc[2]{zero(), zero()};
+  Vec low = zero();
   const IntVec low_bits = set1_int(0x0f0f0f0f);
-  const IntVec none = set1_int(0);
-  for (std::int64_t first = 0; first < inputs; first += 256, p += 144) {
-    __builtin_prefetch(p + 4096, 0, 2);
-    __builtin_prefetch(p + 4096 + 64, 0, 2);
-    __builtin_prefetch(p + 4096 + 128, 0, 2);
-    alignas(16) std::uint8_t factors[16];
-    spread_factors(p + 4, factors);
-    alignas(32) float scales[8];
-    weigh_bytes8(factors, half_at(p), x.scales + first / 32, scales);
-    add_weighed_bytes8(factors + 8, half_at(p + 2), x.sums_of_groups + first / 32, minima);
-    for (int j = 0; j < 4; j += kHalves) {
-      const IntVec codes = load_int(reinterpret_cast<const std::int32_t*>(p + 16 + j * 32));
-      const std::int8_t* numbers = x.bytes + first + j * 64;
-      const IntVec even = multiply_add_bytes<false>(bits_and(codes, low_bits), load_halves(numbers, 64), none);
+  const IntVec fifth_bit = set1_int(0x10101010);
+  for (std::int64_t first = 0; first < inputs; first += 256, p += size) {
+    prefetch_ahead(p, size);
+    const GroupFactors factors = weigh_groups(p, x.scales + first / 32, x.sums_of_groups + first / 32);
+    low = add_minima(low, factors);
+    // Groups 2j and 2j + 1; with 16 lanes also 2j + 2 and 2j + 3 on the second half.
+    const auto groups = [&](auto pair) __attribute__((always_inline)) {
+      constexpr int j = pair();
+      const IntVec codes = load_int(reinterpret_cast<const std::int32_t*>(p + (fifth ? 48 : 16) + j * 32));
+      IntVec even_codes = bits_and(codes, low_bits);
+      IntVec odd_codes = bits_and(shift_right<4>(codes), low_bits);
+      if constexpr (fifth) {
+        const IntVec bits = load_halves(p + 16, 0);
+        even_codes = bits_or(even_codes, bits_and(shift_halves<4 - 2 * j, 2 - 2 * j>(bits), fifth_bit));
+        odd_codes = bits_or(odd_codes, bits_and(shift_halves<3 - 2 * j, 1 - 2 * j>(bits), fifth_bit));
+      }
+      const std::int8_t* numbers = x.paired + first + j / 2 * 128 + j % 2 * 32;
+      const IntVec none = set1_int(0);
+      const IntVec even =
+          multiply_add_bytes<false>(even_codes, load_int(reinterpret_cast<const std::int32_t*>(numbers)), none);
       const IntVec odd =
-          multiply_add_bytes<false>(bits_and(shift_right<4>(codes), low_bits), load_halves(numbers + 32, 64), none);
-      acc[0] = fma(to_float(even), spread_halves(scales + 2 * j, 2), acc[0]);
-      acc[1] = fma(to_float(odd), spread_halves(scales + 2 * j + 1, 2), acc[1]);
+          multiply_add_bytes<false>(odd_codes, load_int(reinterpret_cast<const std::int32_t*>(numbers + 64)), none);
+      acc[0] = fma(to_float(even), spread_two<2>(factors.scales, 2 * j), acc[0]);
+      acc[1] = fma(to_float(odd), spread_two<2>(factors.scales, 2 * j + 1), acc[1]);
+    };
+    groups(std::integral_constant<int, 0>{});
+    if constexpr (kHalves == 1) groups(std::integral_constant<int, 1>{});
+    groups(std::integral_constant<int, 2>{});
+    if constexpr (kHalves == 1) groups(std::integral_constant<int, 3>{});
+  }
+  return sub(add(acc[0], acc[1]), low);
+}
+
+inline Vec dot_q6_k(const std::uint8_t* p, std::int64_t inputs, const ByteActivations& x) {
+  constexpr std::int64_t size = BlockQ6K::bytes;
+  constexpr int vectors = 16 / kLanes;  // of the 16 scales of a block
+  Vec acc[2]{zero(), zero()};
+  Vec low = zero();
+  const IntVec low_bits = set1_int(0x0f0f0f0f);
+  const IntVec high_bits = set1_int(0x30303030);
+  for (std::int64_t first = 0; first < inputs; first += 256, p += size) {
+    prefetch_ahead(p, size);
+    const Vec scale = set_half_number(p + 208);
+    Vec factors[vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      const Vec own = mul(load_signed_bytes(p + 192 + v * kLanes), scale);
+      low = fma(own, load(x.sums + first / 16 + v * kLanes), low);
+      factors[v] = mul(own, load_twice(x.scales + first / 32 + v * kLanes / 2));
+    }
+    // Numbers [at, at + 4 * kLanes) of the block.
+    const auto multiply = [&](IntVec codes, int at, int chain) __attribute__((always_inline)) {
+      const IntVec numbers = load_int(reinterpret_cast<const std::int32_t*>(x.bytes + first + at));
+      const Vec products = to_float(multiply_add_bytes<false>(codes, numbers, set1_int(0)));
+      const int group = at / 16;
+      acc[chain] = fma(products, spread_fours(factors[group / kLanes], group % kLanes), acc[chain]);
+    };
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const auto* nibbles = reinterpret_cast<const std::int32_t*>(p + half * 64);
+      const IntVec high = load_halves(p + 128 + half * 32, 0);
+      const auto joined = [&](IntVec nibble, IntVec two) __attribute__((always_inline)) {
+        return bits_or(bits_and(nibble, low_bits), bits_and(two, high_bits));
+      };
+      const IntVec one = load_int(nibbles);
+      const int at = half * 128;
+      if constexpr (kHalves == 2) {
+        multiply(joined(one, shift_halves<4, 2>(high)), at, 0);
+        multiply(joined(shift_right<4>(one), shift_halves<0, -2>(high)), at + 64, 1);
+      } else {
+        const IntVec other = load_int(nibbles + 8);
+        multiply(joined(one, shift_halves<4, 4>(high)), at, 0);
+        multiply(joined(other, shift_halves<2, 2>(high)), at + 32, 1);
+        multiply(joined(shift_right<4>(one), high), at + 64, 0);
+        multiply(joined(shift_right<4>(other), shift_halves<-2, -2>(high)), at + 96, 1);
+      }
     }
   }
-  float low = 0;
-  for (const float minimum : minima) low += minimum;
-  return reduce_add(add(acc[0], acc[1])) - low;
+  return fma(low, set1(-32.0F), add(acc[0], acc[1]));
+}
+
+/// Whether there is such a product for the type; then y is written.
+inline bool multiply_one_row(const BlockRows& weights, const ByteActivations& x, float* y) {
+  const std::int64_t inputs = weights.inputs;
+  switch (weights.type) {
+    case GgmlType::q8_0:
+      for_each_row(weights, y, [&](const auto* p) { return dot_one_scale<CodesQ8_0>(p, inputs / 32, x); });
+      return true;
+    case GgmlType::q4_0:
+      for_each_row(weights, y, [&](const auto* p) { return dot_one_scale<CodesQ4_0>(p, inputs / 32, x); });
+      return true;
+    case GgmlType::q5_0:
+      for_each_row(weights, y, [&](const auto* p) { return dot_one_scale<CodesQ5_0>(p, inputs / 32, x); });
+      return true;
+    case GgmlType::q4_k:
+      for_each_row(weights, y, [&](const auto* p) { return dot_q45_k<false>(p, inputs, x); });
+      return true;
+    case GgmlType::q5_k:
+      for_each_row(weights, y, [&](const auto* p) { return dot_q45_k<true>(p, inputs, x); });
+      return true;
+    case GgmlType::q6_k:
+      for_each_row(weights, y, [&](const auto* p) { return dot_q6_k(p, inputs, x); });
+      return true;
+    default:
+      return false;
+  }
 }
 
 /// Calls body(Block{}) for the type of the blocks.
@@ -315,13 +456,7 @@ inline void with_block(GgmlType type, const Body& body) {
 }
 
 inline void multiply_blocks(const BlockRows& weights, const ByteActivations& x, float* y, std::int64_t y_stride) {
-  if (x.rows == 1 && (weights.type == GgmlType::q8_0 || weights.type == GgmlType::q4_k)) {
-    for (std::int64_t o = 0; o < weights.outputs; ++o) {
-      const auto* p = reinterpret_cast<const std::uint8_t*>(weights.blocks + o * weights.row_bytes);
-      y[o] = weights.type == GgmlType::q8_0 ? dot_q8_0(p, weights.inputs, x) : dot_q4_k(p, weights.inputs, x);
-    }
-    return;
-  }
+  if (x.rows == 1 && multiply_one_row(weights, x, y)) return;
   with_block(weights.type, [&](auto block) { multiply_rows<decltype(block)>(weights, x, y, y_stride); });
 }
 
@@ -349,8 +484,8 @@ inline void widen_blocks(GgmlType type, const std::byte* blocks, std::int64_t nu
 }
 
 /// What ByteActivations holds of `count` numbers, a multiple of 32.
-inline void quantise_activations(const float* x, std::int64_t count, std::int8_t* bytes, float* scales, float* sums,
-                                 float* sums_of_groups, std::int32_t* shifts) {
+inline void quantise_activations(const float* x, std::int64_t count, std::int8_t* bytes, std::int8_t* paired,
+                                 float* scales, float* sums, float* sums_of_groups) {
   for (std::int64_t at = 0; at < count; at += kActivationGroup) {
     const float largest = largest_magnitude(x + at, kActivationGroup);
     const bool finite = largest <= std::numeric_limits<float>::max();
@@ -369,9 +504,8 @@ inline void quantise_activations(const float* x, std::int64_t count, std::int8_t
       sums[at / 16 + half] = scale * static_cast<float>(sum);
     }
     sums_of_groups[at / 32] = sums[at / 16] + sums[at / 16 + 1];
-    for (int w = 0; w < 8; ++w) {
-      const std::int8_t* word = bytes + at + w * 4;
-      shifts[at / 4 + w] = -128 * (word[0] + word[1] + word[2] + word[3]);
-    }
+    const std::int64_t group = at / kActivationGroup % 4;
+    const std::int64_t place = group % 3 == 0 ? group : 3 - group;
+    std::memcpy(paired + at + (place - group) * kActivationGroup, bytes + at, kActivationGroup);
   }
 }

@@ -21,10 +21,10 @@ struct ByteActivations {
   std::int64_t rows;
   std::int64_t padded;          ///< numbers of a row, a multiple of kBlockChunk
   const std::int8_t* bytes;     ///< [rows][padded]
+  const std::int8_t* paired;    ///< [rows][padded] the same, groups 0, 2, 1, 3 of every four: as K types pair nibbles
   const float* scales;          ///< [rows][padded / 32]
   const float* sums;            ///< [rows][padded / 16] of the numbers that the bytes stand for
   const float* sums_of_groups;  ///< [rows][padded / 32] the same
-  const std::int32_t* shifts;   ///< [rows][padded / 4] -128 times the sum of four bytes
 };
 
 /// Weights [outputs][inputs] in blocks along the rows.

@@ -31,11 +31,67 @@ inline IntVec load_halves(const void* p, std::int64_t stride) {
   const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + stride));
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
-/// p[0] on the first half of the lanes, p[stride] on the second, where there are 16 lanes.
-inline Vec spread_halves(const float* p, std::int64_t stride) {
-  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_broadcast_ss(p)), _mm256_broadcast_ss(p + stride), 1);
+/// Nibbles of the 16 bytes at p, the low ones first, as 32 bytes on the first half of the lanes; of those `stride`
+/// later on the second, where there are 16 lanes.
+inline IntVec load_nibbles(const std::uint8_t* p, std::int64_t stride) {
+  const __m256i first = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i second = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + stride)));
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+  const __m512i shifts = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 0, 0, 0, 0, 4, 4, 4, 4);
+  return _mm512_and_si512(_mm512_srlv_epi32(both, shifts), _mm512_set1_epi8(15));
 }
-/// The same of f16 numbers, `stride` bytes apart.
+/// 16 more in the bytes whose bits are set in the words at p, and `stride` later for the second half of 16 lanes.
+inline IntVec add_fifth_bits(IntVec codes, const std::uint8_t* p, std::int64_t stride) {
+  std::uint32_t first;
+  std::uint32_t second;
+  std::memcpy(&first, p, 4);
+  std::memcpy(&second, p + stride, 4);
+  const std::uint64_t bits = static_cast<std::uint64_t>(second) << 32 | first;
+  return _mm512_mask_add_epi8(codes, bits, codes, _mm512_set1_epi8(16));
+}
+/// Words shifted to the left by `first` bits, those of the second half of 16 lanes by `second`; to the right where that
+/// is negative. Only bits that stay within their byte are defined.
+template <int first, int second>
+inline IntVec shift_halves(IntVec x) {
+  constexpr int a = first & 31;
+  constexpr int b = second & 31;
+  return _mm512_rolv_epi32(x, _mm512_setr_epi32(a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b));
+}
+/// f16 numbers `stride` bytes apart.
+inline Vec collect_half_numbers(const std::uint8_t* p, std::int64_t stride) {
+  const auto number = [&](int i) {
+    std::int16_t bits;
+    std::memcpy(&bits, p + i * stride, 2);
+    return bits;
+  };
+  const auto eight = [&](int i) {
+    return _mm_setr_epi16(number(i), number(i + 1), number(i + 2), number(i + 3), number(i + 4), number(i + 5),
+                          number(i + 6), number(i + 7));
+  };
+  return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(eight(0)), eight(8), 1));
+}
+/// Signed bytes as floats.
+inline Vec load_signed_bytes(const std::uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+/// Every number twice.
+inline Vec load_twice(const float* p) {
+  const __m512i from = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  return _mm512_permutexvar_ps(from, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
+}
+/// The number at p on all lanes from f16.
+inline Vec set_half_number(const std::uint8_t* p) {
+  std::int16_t bits;
+  std::memcpy(&bits, p, 2);
+  return _mm512_cvtph_ps(_mm256_set1_epi16(bits));
+}
+/// Numbers first, first + 1, ... of v on four lanes each.
+inline Vec spread_fours(Vec v, int first) {
+  const __m512i from = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_ps(_mm512_add_epi32(from, _mm512_set1_epi32(first)), v);
+}
+/// The f16 number at p on the first half of the lanes, that `stride` bytes later on the second, where there are 16
+/// lanes.
 inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t stride) {
   std::uint16_t first;
   std::uint16_t second;
@@ -47,17 +103,34 @@ inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t stride) {
 inline IntVec flip_signs(IntVec bytes) {
   return _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80)));
 }
-/// to[i] = factor * byte i * weights[i] for eight bytes.
-inline void weigh_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
-  const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
-  const __m256 numbers = _mm256_mul_ps(_mm256_cvtepi32_ps(words), _mm256_set1_ps(factor));
-  _mm256_storeu_ps(to, _mm256_mul_ps(numbers, _mm256_loadu_ps(weights)));
+/// Number `first` of v on the first half of the lanes, number first + apart on the second, where there are 16 lanes.
+template <int apart>
+inline Vec spread_two(Vec v, int first) {
+  const __m512i from =
+      _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, apart, apart, apart, apart, apart, apart, apart, apart);
+  return _mm512_permutexvar_ps(_mm512_add_epi32(from, _mm512_set1_epi32(first)), v);
 }
-/// to[i] += factor * byte i * weights[i] for eight bytes.
-inline void add_weighed_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
-  const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
-  const __m256 numbers = _mm256_mul_ps(_mm256_cvtepi32_ps(words), _mm256_set1_ps(factor));
-  _mm256_storeu_ps(to, _mm256_fmadd_ps(numbers, _mm256_loadu_ps(weights), _mm256_loadu_ps(to)));
+/// The 6-bit scales and minima of eight groups, 12 bytes at p (of which 16 may be read), as bytes.
+inline __m128i spread_factors16(const std::uint8_t* p) {
+  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m128i low = _mm_and_si128(words, _mm_set1_epi8(0x3f));
+  const __m128i third = _mm_srlv_epi32(_mm_shuffle_epi32(words, 0xaa), _mm_setr_epi32(0, 4, 0, 4));
+  const __m128i high = _mm_or_si128(_mm_and_si128(third, _mm_set1_epi8(0x0f)),
+                                    _mm_and_si128(_mm_srli_epi32(words, 2), _mm_set1_epi8(0x30)));
+  return _mm_unpacklo_epi32(low, high);
+}
+/// The scales of eight groups of a K block times `scales`, and their minima times `sums`. The block begins with its own
+/// scale and that of the minima as f16 and goes on with 12 bytes as above.
+struct GroupFactors {
+  Vec scales;  ///< the minima on the second half
+};
+inline GroupFactors weigh_groups(const std::uint8_t* p, const float* scales, const float* sums) {
+  const __m512 factors = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(spread_factors16(p + 4)));
+  const __m512 weights = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(scales)), _mm256_loadu_ps(sums), 1);
+  return {_mm512_mul_ps(_mm512_mul_ps(factors, weights), spread_half_numbers(p, 2))};
+}
+inline Vec add_minima(Vec sum, GroupFactors factors) {
+  return _mm512_mask_add_ps(sum, 0xff00, sum, factors.scales);
 }
 /// p[0] on the first `lanes` lanes, p[1] on the next, and so on. 8 or 4 lanes.
 template <int lanes>
@@ -115,8 +188,46 @@ inline float half_to_float(std::uint16_t bits) {
 inline IntVec load_halves(const void* p, std::int64_t) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
-inline Vec spread_halves(const float* p, std::int64_t) {
-  return _mm256_broadcast_ss(p);
+inline IntVec load_nibbles(const std::uint8_t* p, std::int64_t) {
+  const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i shifts = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
+  return _mm256_and_si256(_mm256_srlv_epi32(both, shifts), _mm256_set1_epi8(15));
+}
+inline IntVec add_fifth_bits(IntVec codes, const std::uint8_t* p, std::int64_t) {
+  std::int32_t bits;
+  std::memcpy(&bits, p, 4);
+  // Byte i of the lanes is byte i / 8 of the bits; bit i % 8 of it decides.
+  const __m256i from = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i own = _mm256_set1_epi64x(static_cast<std::int64_t>(0x8040201008040201U));
+  const __m256i bytes = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), from), own);
+  return _mm256_or_si256(codes, _mm256_and_si256(_mm256_cmpeq_epi8(bytes, own), _mm256_set1_epi8(16)));
+}
+template <int first, int second>
+inline IntVec shift_halves(IntVec x) {
+  return first >= 0 ? _mm256_slli_epi32(x, first < 0 ? 0 : first) : _mm256_srli_epi32(x, first < 0 ? -first : 0);
+}
+inline Vec collect_half_numbers(const std::uint8_t* p, std::int64_t stride) {
+  const auto number = [&](int i) {
+    std::int16_t bits;
+    std::memcpy(&bits, p + i * stride, 2);
+    return bits;
+  };
+  return _mm256_cvtph_ps(
+      _mm_setr_epi16(number(0), number(1), number(2), number(3), number(4), number(5), number(6), number(7)));
+}
+inline Vec load_signed_bytes(const std::uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline Vec load_twice(const float* p) {
+  const __m256 four = _mm256_castps128_ps256(_mm_loadu_ps(p));
+  return _mm256_permutevar8x32_ps(four, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+}
+inline Vec set_half_number(const std::uint8_t* p) {
+  return set1(half_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8)));
+}
+inline Vec spread_fours(Vec v, int first) {
+  const __m256i from = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  return _mm256_permutevar8x32_ps(v, _mm256_add_epi32(from, _mm256_set1_epi32(first)));
 }
 inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t) {
   return set1(half_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8)));
@@ -124,15 +235,31 @@ inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t) {
 inline IntVec flip_signs(IntVec bytes) {
   return _mm256_xor_si256(bytes, _mm256_set1_epi8(static_cast<char>(0x80)));
 }
-inline void weigh_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
-  const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
-  const __m256 numbers = _mm256_mul_ps(_mm256_cvtepi32_ps(words), _mm256_set1_ps(factor));
-  _mm256_storeu_ps(to, _mm256_mul_ps(numbers, _mm256_loadu_ps(weights)));
+template <int apart>
+inline Vec spread_two(Vec v, int first) {
+  return _mm256_permutevar8x32_ps(v, _mm256_set1_epi32(first));
 }
-inline void add_weighed_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
-  const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
-  const __m256 numbers = _mm256_mul_ps(_mm256_cvtepi32_ps(words), _mm256_set1_ps(factor));
-  _mm256_storeu_ps(to, _mm256_fmadd_ps(numbers, _mm256_loadu_ps(weights), _mm256_loadu_ps(to)));
+inline __m128i spread_factors16(const std::uint8_t* p) {
+  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m128i low = _mm_and_si128(words, _mm_set1_epi8(0x3f));
+  const __m128i third = _mm_srlv_epi32(_mm_shuffle_epi32(words, 0xaa), _mm_setr_epi32(0, 4, 0, 4));
+  const __m128i high = _mm_or_si128(_mm_and_si128(third, _mm_set1_epi8(0x0f)),
+                                    _mm_and_si128(_mm_srli_epi32(words, 2), _mm_set1_epi8(0x30)));
+  return _mm_unpacklo_epi32(low, high);
+}
+struct GroupFactors {
+  Vec scales;
+  Vec minima;
+};
+inline GroupFactors weigh_groups(const std::uint8_t* p, const float* scales, const float* sums) {
+  const __m128i bytes = spread_factors16(p + 4);
+  const __m256 own = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+  const __m256 least = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes)));
+  return {mul(mul(own, load(scales)), spread_half_numbers(p, 0)),
+          mul(mul(least, load(sums)), spread_half_numbers(p + 2, 0))};
+}
+inline Vec add_minima(Vec sum, GroupFactors factors) {
+  return add(sum, factors.minima);
 }
 template <int lanes>
 inline Vec spread_lanes(const float* p) {
@@ -234,8 +361,47 @@ inline float half_to_float(std::uint16_t bits) {
 inline IntVec load_halves(const void* p, std::int64_t) {
   return load_int(static_cast<const std::int32_t*>(p));
 }
-inline Vec spread_halves(const float* p, std::int64_t) {
-  return set1(*p);
+inline IntVec load_nibbles(const std::uint8_t* p, std::int64_t) {
+  std::uint8_t codes[32];
+  for (int i = 0; i < 16; ++i) {
+    codes[i] = p[i] & 15;
+    codes[16 + i] = static_cast<std::uint8_t>(p[i] >> 4);
+  }
+  return load_int(reinterpret_cast<const std::int32_t*>(codes));
+}
+inline IntVec add_fifth_bits(IntVec codes, const std::uint8_t* p, std::int64_t) {
+  std::uint32_t bits;
+  std::memcpy(&bits, p, 4);
+  std::uint8_t fifth[32];
+  for (std::uint32_t i = 0; i < 32; ++i) fifth[i] = static_cast<std::uint8_t>((bits >> i & 1) << 4);
+  return codes | load_int(reinterpret_cast<const std::int32_t*>(fifth));
+}
+template <int first, int second>
+inline IntVec shift_halves(IntVec x) {
+  return first >= 0 ? shift_left<(first < 0 ? 0 : first)>(x) : shift_right<(first < 0 ? -first : 0)>(x);
+}
+inline Vec collect_half_numbers(const std::uint8_t* p, std::int64_t stride) {
+  Vec out{};
+  for (int i = 0; i < kLanes; ++i) {
+    out[i] = half_to_float(static_cast<std::uint16_t>(p[i * stride] | p[i * stride + 1] << 8));
+  }
+  return out;
+}
+inline Vec load_signed_bytes(const std::uint8_t* p) {
+  Vec out{};
+  for (int i = 0; i < kLanes; ++i) out[i] = static_cast<float>(static_cast<std::int8_t>(p[i]));
+  return out;
+}
+inline Vec load_twice(const float* p) {
+  return Vec{p[0], p[0], p[1], p[1], p[2], p[2], p[3], p[3]};
+}
+inline Vec set_half_number(const std::uint8_t* p) {
+  return set1(half_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8)));
+}
+inline Vec spread_fours(Vec v, int first) {
+  Vec out{};
+  for (int i = 0; i < kLanes; ++i) out[i] = v[first + i / 4];
+  return out;
 }
 inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t) {
   return set1(half_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8)));
@@ -243,11 +409,26 @@ inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t) {
 inline IntVec flip_signs(IntVec bytes) {
   return bytes ^ static_cast<std::int32_t>(0x80808080U);
 }
-inline void weigh_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
-  for (int i = 0; i < 8; ++i) to[i] = factor * static_cast<float>(bytes[i]) * weights[i];
+template <int apart>
+inline Vec spread_two(Vec v, int first) {
+  return set1(v[first]);
 }
-inline void add_weighed_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
-  for (int i = 0; i < 8; ++i) to[i] += factor * static_cast<float>(bytes[i]) * weights[i];
+struct GroupFactors {
+  Vec scales;
+  Vec minima;
+};
+inline GroupFactors weigh_groups(const std::uint8_t* p, const float* scales, const float* sums) {
+  GroupFactors factors{mul(load(scales), spread_half_numbers(p, 0)), mul(load(sums), spread_half_numbers(p + 2, 0))};
+  for (int i = 0; i < 4; ++i) {
+    factors.scales[i] *= static_cast<float>(p[4 + i] & 63);
+    factors.scales[4 + i] *= static_cast<float>((p[12 + i] & 15) | (p[4 + i] >> 6) << 4);
+    factors.minima[i] *= static_cast<float>(p[8 + i] & 63);
+    factors.minima[4 + i] *= static_cast<float>(p[12 + i] >> 4 | (p[8 + i] >> 6) << 4);
+  }
+  return factors;
+}
+inline Vec add_minima(Vec sum, GroupFactors factors) {
+  return add(sum, factors.minima);
 }
 template <int lanes>
 inline Vec spread_lanes(const float* p) {

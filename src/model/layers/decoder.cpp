@@ -1,6 +1,7 @@
 #include "model/layers/decoder.h"
 
 #include <algorithm>
+#include <array>
 #include <cassert>
 #include <cmath>
 
@@ -94,9 +95,9 @@ void Decoder::project_inputs(std::int64_t layer_index, LayerCache& cache, const 
     float* queries = queries_.data() + first * q_width;
     rms_norm(hidden_.data() + first * hidden, rows, layer.attention_norm, config_.norm_epsilon, normed_.data(),
              threads);
-    layer.q->multiply(normed_.data(), rows, queries, options);
-    layer.k->multiply(normed_.data(), rows, keys_.data(), options);
-    layer.v->multiply(normed_.data(), rows, values_.data(), options);
+    const std::array<MatrixProduct, 3> inputs{
+        {{layer.q.get(), queries}, {layer.k.get(), keys_.data()}, {layer.v.get(), values_.data()}}};
+    multiply_together(inputs, normed_.data(), rows, options);
     add_bias(queries, rows, layer.q_bias, threads);
     add_bias(keys_.data(), rows, layer.k_bias, threads);
     add_bias(values_.data(), rows, layer.v_bias, threads);

@@ -1,6 +1,7 @@
 #include "model/layers/feed_forward.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
 
@@ -88,9 +89,9 @@ void FeedForward::run_one(const FeedForwardWeights& part, const float* x, std::i
   const std::int64_t inner = part.gate->outputs();
   size_to(gate_, rows * inner);
   size_to(up_, rows * inner);
-  part.gate->multiply(x, rows, gate_.data(), products);
+  const std::array<MatrixProduct, 2> inputs{{{part.gate.get(), gate_.data()}, {part.up.get(), up_.data()}}};
+  multiply_together(inputs, x, rows, products);
   add_bias(gate_.data(), rows, part.gate_bias, products.threads);
-  part.up->multiply(x, rows, up_.data(), products);
   add_bias(up_.data(), rows, part.up_bias, products.threads);
   gated_product(config_.activation, gate_.data(), up_.data(), rows, inner, products);
   part.down->multiply(gate_.data(), rows, out, products);
