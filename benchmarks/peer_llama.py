@@ -93,7 +93,7 @@ def local_bias(heads, dim, strength):
 
 
 def write_model(path, shape, kind, layers, longest, locality):
-    """Writes the model tensor by tensor and returns the bytes of weights that decoding a token reads."""
+    """Writes the model tensor by tensor."""
     import gguf
 
     random = np.random.default_rng(1)
@@ -127,34 +127,38 @@ def write_model(path, shape, kind, layers, longest, locality):
         width = columns // numbers * size
         writer.add_tensor_info(name, (rows, width), np.dtype(np.uint8), rows * width, raw_dtype=raw)
         data.append(lambda: random_rows(random, own, rows, columns, spread))
-        return rows * width
 
     def vector(name, values):
         values = values.astype(np.float32)
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
         data.append(lambda: values)
-        return values.nbytes
 
-    total = matrix("token_embd.weight", VOCABULARY, hidden, is_output=True)
-    total += vector("output_norm.weight", np.ones(hidden))
+    matrix("token_embd.weight", VOCABULARY, hidden, is_output=True)
+    vector("output_norm.weight", np.ones(hidden))
     for i in range(layers):
         for name, rows, columns in [
             ("attn_q", q, hidden), ("attn_k", kv, hidden), ("attn_v", kv, hidden), ("attn_output", hidden, q),
             ("ffn_gate", inner, hidden), ("ffn_up", inner, hidden), ("ffn_down", hidden, inner),
         ]:  # fmt: skip
-            total += matrix(f"blk.{i}.{name}.weight", rows, columns)
+            matrix(f"blk.{i}.{name}.weight", rows, columns)
         for name in ("attn_norm", "ffn_norm"):
-            total += vector(f"blk.{i}.{name}.weight", np.ones(hidden))
-        total += vector(f"blk.{i}.attn_q.bias", local_bias(shape["heads"], shape["dim"], locality))
-        total += vector(f"blk.{i}.attn_k.bias", local_bias(shape["kv_heads"], shape["dim"], locality))
-        total += vector(f"blk.{i}.attn_v.bias", np.zeros(kv))
+            vector(f"blk.{i}.{name}.weight", np.ones(hidden))
+        vector(f"blk.{i}.attn_q.bias", local_bias(shape["heads"], shape["dim"], locality))
+        vector(f"blk.{i}.attn_k.bias", local_bias(shape["kv_heads"], shape["dim"], locality))
+        vector(f"blk.{i}.attn_v.bias", np.zeros(kv))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for make in data:
         writer.write_tensor_data(make())
     writer.close()
-    return total
+
+
+def bytes_of_weights(path):
+    """All tensors, which decoding a token reads: the embedding is the output matrix as well."""
+    import gguf
+
+    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
 
 
 # --- The runners, each in a process of its own -----------------------------------------------------------------------
@@ -273,9 +277,9 @@ def print_rows(rows):
 def compare(options, folder):
     shape = SHAPES[options.shape]
     lengths = [int(x) for x in options.lengths.split(",")]
-    model = folder / f"{options.shape}-{options.type}-{options.layers}.gguf"
-    log(f"writing {model.name}")
-    # In a process of its own: the memory of this one would count for those that it starts.
+    model = folder / f"{options.shape}-{options.type}-{options.layers}-{options.locality:g}.gguf"
+    log(f"making {model.name}")
+    # Not by this process, which stays small beside those that it starts.
     weights = int(subprocess.run(
         [sys.executable, __file__, "--worker", "write", "--model", str(model), "--shape", options.shape, "--type",
          options.type, "--layers", str(options.layers), "--locality", str(options.locality)],
@@ -323,7 +327,7 @@ def main():
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has, for long prompts")
     parser.add_argument("--locality", type=float, default=8.0, help="by how much near keys score above far ones")
     parser.add_argument("--transformers", action="store_true")
-    parser.add_argument("--keep", help="folder for the model, which is kept")
+    parser.add_argument("--keep", help="folder where the model stays for the next run")
     parser.add_argument("--json", action="store_true")
     for hidden in ("worker", "model", "prompt"):
         parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
@@ -335,7 +339,9 @@ def main():
     elif options.worker == "transformers":
         run_transformers(options)
     elif options.worker == "write":
-        print(write_model(options.model, SHAPES[options.shape], options.type, options.layers, 1 << 17, options.locality))
+        if not Path(options.model).exists():
+            write_model(options.model, SHAPES[options.shape], options.type, options.layers, 1 << 17, options.locality)
+        print(bytes_of_weights(options.model))
     elif not options.tessera:
         parser.error("--tessera is missing")
     elif options.keep:

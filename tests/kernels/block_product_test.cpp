@@ -179,6 +179,39 @@ TEST(BlockProduct, ThreadsChangeNothing) {
   }
 }
 
+TEST(BlockProduct, TogetherAsAlone) {
+  std::mt19937 random(13);
+  const std::int64_t inputs = 768;
+  const std::int64_t rows = 10;
+  const auto x = random_floats(rows * inputs, random);
+  const std::vector<std::pair<GgmlType, std::int64_t>> matrices{
+      {GgmlType::q4_k, 1500}, {GgmlType::q8_0, 1}, {GgmlType::q5_1, 70}, {GgmlType::q6_k, 333}};
+  std::vector<std::vector<std::byte>> blocks;
+  std::vector<std::vector<float>> together, alone;
+  std::vector<kernels::BlockProduct> products;
+  for (const auto& [type, outputs] : matrices) {
+    blocks.push_back(random_blocks(type, outputs * inputs, random));
+    together.emplace_back(static_cast<std::size_t>(rows * outputs), -1.0F);
+    alone.emplace_back(static_cast<std::size_t>(rows * outputs), -2.0F);
+    products.push_back({{type, blocks.back().data(), bytes_of(type, inputs), outputs, inputs}, nullptr});
+  }
+  for (std::size_t m = 0; m < matrices.size(); ++m) products[m].y = together[m].data();
+  for (const std::int64_t count : {std::int64_t{1}, rows}) {
+    for (std::size_t m = 0; m < matrices.size(); ++m) {
+      kernels::multiply_blocks(products[m].weights, x.data(), count, alone[m].data(), 1, default_isa());
+    }
+    for (const int threads : {1, 3}) {
+      kernels::multiply_blocks(products, x.data(), count, threads, default_isa());
+      for (std::size_t m = 0; m < matrices.size(); ++m) {
+        const auto written = static_cast<std::size_t>(count * matrices[m].second);
+        EXPECT_TRUE(
+            std::equal(alone[m].begin(), alone[m].begin() + static_cast<std::ptrdiff_t>(written), together[m].begin()))
+            << m << ", " << count << " rows, " << threads << " threads";
+      }
+    }
+  }
+}
+
 TEST(BlockProduct, NotANumberSpoilsItsRowOnly) {
   std::mt19937 random(9);
   const auto bytes = random_blocks(GgmlType::q8_0, 3 * 64, random);

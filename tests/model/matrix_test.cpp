@@ -5,6 +5,7 @@
 #include <random>
 
 #include "core/convert.h"
+#include "model/block_matrix.h"
 #include "model/layers/elementwise.h"
 #include "model/matrix.h"
 #include "model/products.h"
@@ -103,6 +104,40 @@ TEST(MatrixTest, ThreadsAndScratchChangeNothing) {
       std::vector<float> many(one.size());
       stored.matrix->multiply(x.data(), rows, many.data(), {.threads = threads, .scratch = &scratch});
       EXPECT_EQ(one, many);
+    }
+  }
+}
+
+TEST(MatrixTest, TogetherAsAlone) {
+  const std::int64_t inputs = 96;
+  std::vector<std::byte> bytes;
+  std::mt19937 random(2);
+  for (std::int64_t block = 0; block < 50 * inputs / 32; ++block) {
+    bytes.push_back(std::byte{0});
+    bytes.push_back(std::byte{0x20});  // the scale 2^-7
+    for (int i = 0; i < 32; ++i) bytes.push_back(static_cast<std::byte>(random()));
+  }
+  const BlockMatrix blocks(bytes, GgmlType::q8_0, 50, inputs);
+  const BlockMatrix part(std::span(bytes).first(7 * inputs / 32 * 34), GgmlType::q8_0, 7, inputs);
+  const Stored stored(20, inputs, DType::bf16);
+  const std::vector<std::vector<const Matrix*>> groups{
+      {&blocks, &part}, {&part, stored.matrix.get(), &blocks}, {stored.matrix.get()}};
+  for (const auto& group : groups) {
+    for (const std::int64_t rows : {1, 8, 9}) {
+      const auto x = random_floats(rows * inputs, 4);
+      for (const bool exact : {false, true}) {
+        const ProductOptions options{.threads = 2, .exact = exact};
+        std::vector<std::vector<float>> results;
+        for (const Matrix* matrix : group) results.emplace_back(static_cast<std::size_t>(rows * matrix->outputs()));
+        std::vector<MatrixProduct> products;
+        for (std::size_t i = 0; i < group.size(); ++i) products.push_back({group[i], results[i].data()});
+        multiply_together(products, x.data(), rows, options);
+        for (std::size_t i = 0; i < group.size(); ++i) {
+          std::vector<float> alone(results[i].size());
+          group[i]->multiply(x.data(), rows, alone.data(), options);
+          EXPECT_EQ(results[i], alone) << i << ", " << rows << " rows, exact " << exact;
+        }
+      }
     }
   }
 }
