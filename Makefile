@@ -43,7 +43,7 @@ format: packages-lint ## Format the C++ sources in place
 docs: packages-docs build ## Reference documentation into build/docs, docs/methods.md from the registry
 	@scripts/make-docs.sh $(BUILD)
 
-site: $(VENV)/installed ## The documentation site with the reference of the Python package, into build/site
+site: python ## The documentation site with the reference of the Python package, into build/site
 	@$(VENV)/bin/mkdocs build --strict --quiet
 
 install: packages-build packages-test ## Install the release library, headers and command line under PREFIX

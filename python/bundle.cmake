@@ -1,8 +1,8 @@
 # Copies the shared libraries that `module` needs and that not every Linux has into tessera/lib of the package, each
 # under the name by which it is looked up, with its licence where Debian tells it. libc, libstdc++ and libgcc come with
 # any Python.
-file(GET_RUNTIME_DEPENDENCIES LIBRARIES ${module} RESOLVED_DEPENDENCIES_VAR found UNRESOLVED_DEPENDENCIES_VAR missing
-     PRE_EXCLUDE_REGEXES "^ld-linux" "^lib(c|m|dl|rt|pthread|stdc\\+\\+|gcc_s)\\.so")
+file(GET_RUNTIME_DEPENDENCIES LIBRARIES ${module} DIRECTORIES ${folders} RESOLVED_DEPENDENCIES_VAR found
+     UNRESOLVED_DEPENDENCIES_VAR missing PRE_EXCLUDE_REGEXES "^ld-linux" "^lib(c|m|dl|rt|pthread|stdc\\+\\+|gcc_s)\\.so")
 if(missing)
   message(FATAL_ERROR "libraries that ${module} needs are missing: ${missing}")
 endif()

@@ -61,7 +61,7 @@ fi
 emulate=(qemu-aarch64 -L /usr/$triple -E "LD_LIBRARY_PATH=$root/usr/lib/$triple:$root/lib/$triple"
   -E OMP_NUM_THREADS=2 -E OMP_WAIT_POLICY=passive)
 configure=(-G Ninja -DCMAKE_TOOLCHAIN_FILE="$PWD/cmake/aarch64-linux-gnu.cmake" -DTESSERA_ARM_ROOT="$root" -DCMAKE_BUILD_TYPE=Release
-  -DTESSERA_BUILD_BENCHMARKS=OFF
+  -DTESSERA_BUILD_BENCHMARKS=OFF -DTESSERA_EMULATED_LEVELS=OFF
   -DTESSERA_CHART_JS="$(find /usr/share/javascript/chart.js /usr/share/nodejs/chart.js -name chart.min.js 2>/dev/null | head -n 1)")
 log_of() { # file, command: the command's output goes to the file, and its end is shown when it fails
   "${@:2}" >"$1" 2>&1 || { tail -n 60 "$1"; return 1; }
@@ -69,7 +69,8 @@ log_of() { # file, command: the command's output goes to the file, and its end i
 make_targets() { log_of "$build/build.log" cmake --build "$build" --parallel "$(nproc)" --target "$@"; }
 
 if $cli || [[ ${#layers[@]} -gt 0 ]]; then
-  log_of "$build/configure.log" cmake -S . -B "$build" "${configure[@]}" -DTESSERA_EMULATED_LEVELS=OFF \
+  log_of "$build/configure.log" cmake -S . -B "$build" "${configure[@]}" \
+    -DTESSERA_BUILD_CLI=ON -DTESSERA_BUILD_TESTS=ON -DTESSERA_BUILD_PYTHON=OFF \
     -DCMAKE_CROSSCOMPILING_EMULATOR="$(IFS=";"; echo "${emulate[*]}")"
 fi
 for layer in "${layers[@]}"; do
@@ -130,9 +131,10 @@ if $wheel; then
   rm -rf "$build"/wheel/*
   options=()
   for option in "${configure[@]:2}" "-DPython_INCLUDE_DIR=$root/usr/include/python3.11"; do options+=(-C "cmake.define.${option#-D}"); done
+  # In the build folder of the tests, whose objects it uses.
   CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) _PYTHON_HOST_PLATFORM=linux-aarch64 SETUPTOOLS_EXT_SUFFIX=.cpython-311-$triple.so \
     log_of "$build/wheel.log" $python -m pip wheel --verbose --disable-pip-version-check --no-build-isolation --no-deps \
-    --wheel-dir "$build/wheel" "${options[@]}" .
+    --wheel-dir "$build/wheel" -C "build-dir=$build" "${options[@]}" .
   log_of "$build/wheel.log" $python -m pip install --disable-pip-version-check --target "$build/wheel/site" --upgrade \
     --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 \
     --platform linux_aarch64 "$build"/wheel/*.whl

@@ -5,7 +5,6 @@
 #include <nanobind/stl/string.h>
 
 #include <map>
-#include <mutex>
 #include <string>
 
 #include "arrays.h"
@@ -63,7 +62,7 @@ nb::dict backward_method(const MethodHandle& method, const Problem& problem, con
   RunReport report;
   {
     const nb::gil_scoped_release release;
-    const auto turn = state == nullptr ? std::unique_lock<std::mutex>() : std::unique_lock(state->turn);
+    const auto turn = turn_of(state);
     report = method.method->backward(problem, inputs.views(), saved, gradients, options.context(state), executed);
   }
   return report_dict(report);

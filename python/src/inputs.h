@@ -51,6 +51,11 @@ struct State {
   std::mutex turn;
 };
 
+/// Holds the state's turn while a call uses it.
+inline std::unique_lock<std::mutex> turn_of(State* state) {
+  return state == nullptr ? std::unique_lock<std::mutex>() : std::unique_lock(state->turn);
+}
+
 /// A method with its parameters, shared with sessions.
 struct MethodHandle {
   std::shared_ptr<const Method> method;

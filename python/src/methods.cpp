@@ -78,11 +78,6 @@ nb::dict to_dict(const MethodEntry& entry) {
   return result;
 }
 
-/// Holds the state's turn while a call uses it.
-std::unique_lock<std::mutex> turn_of(State* state) {
-  return state == nullptr ? std::unique_lock<std::mutex>() : std::unique_lock(state->turn);
-}
-
 std::span<float> lse_of(const std::optional<WritableArray>& lse) {
   return lse ? span_of<float>(*lse, "lse") : std::span<float>();
 }

@@ -76,7 +76,13 @@ nb::dict generate_text(SessionHandle& self, const std::vector<std::int32_t>& pro
   return result;
 }
 
-nb::ndarray<nb::numpy, float> logits_array(std::vector<float> logits) {
+/// The logits that a step of the session returns, [vocabulary]: a copy, for the session writes over them.
+template <class Step>
+nb::ndarray<nb::numpy, float> logits_of(SessionHandle& self, const Step& step) {
+  std::vector<float> logits = self.work([&](Session& session) {
+    const std::span<const float> found = step(session);
+    return std::vector<float>(found.begin(), found.end());
+  });
   const std::size_t count = logits.size();
   return numpy_array(std::move(logits), {count});
 }
@@ -108,19 +114,13 @@ void bind_session(nb::module_& module) {
       .def(
           "prefill",
           [](SessionHandle& self, const std::vector<std::int32_t>& tokens) {
-            return logits_array(self.work([&](Session& session) {
-              const std::span<const float> logits = session.prefill(tokens);
-              return std::vector<float>(logits.begin(), logits.end());
-            }));
+            return logits_of(self, [&](Session& session) { return session.prefill(tokens); });
           },
           nb::arg("tokens"))
       .def(
           "decode",
           [](SessionHandle& self, std::int32_t token) {
-            return logits_array(self.work([&](Session& session) {
-              const std::span<const float> logits = session.decode(token);
-              return std::vector<float>(logits.begin(), logits.end());
-            }));
+            return logits_of(self, [&](Session& session) { return session.decode(token); });
           },
           nb::arg("token"))
       .def("generate", &generate_text, nb::arg("prompt"), nb::arg("max_tokens") = 128, nb::arg("temperature") = 0.0,
@@ -139,7 +139,7 @@ void bind_session(nb::module_& module) {
 }  // namespace
 
 void bind_model(nb::module_& module) {
-  nb::class_<Model>(module, "Model", "A language model in Hugging Face layout.")
+  nb::class_<Model>(module, "Model", "A language model, of a folder in Hugging Face layout or a *.gguf file.")
       .def_static(
           "load",
           [](const std::string& folder, int threads) {

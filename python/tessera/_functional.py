@@ -174,6 +174,11 @@ def wants_torch_operator(*arrays: Any) -> bool:
     return torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
+def _refuse_choices(backend: str, isa: str | None) -> None:
+    if backend != "automatic" or isa is not None:
+        raise Error("backend and isa are for calls without gradients; TESSERA_ISA chooses an instruction set for all")
+
+
 def attention(
     q: Any,
     k: Any,
@@ -247,6 +252,7 @@ def attention(
     if wants_torch_operator(q, k, v, sink_logits, key_bias, *(side or {}).values()):
         if return_plan or state is not None or out is not None or query_scale is not None:
             raise Error("return_plan, state, out and query_scale know no gradients; use them under torch.no_grad()")
+        _refuse_choices(backend, isa)
         from . import torch as tessera_torch
 
         return tessera_torch.attention(
@@ -369,6 +375,7 @@ def run(
     if wants_torch_operator(q, k, v, sink_logits, key_bias):
         if return_report or out is not None or sources or page_table is not None or query_scale is not None:
             raise Error("return_report, out, sources, pages and query_scale know no gradients; use them under torch.no_grad()")
+        _refuse_choices(backend, isa)
         from . import torch as tessera_torch
 
         return tessera_torch.run(

@@ -215,7 +215,7 @@ class Model:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, threads: int = 0) -> Model:
-        """Reads config.json, *.safetensors and tokenizer.json of a folder. Raises Error naming file and key."""
+        """Reads config.json, *.safetensors and tokenizer.json of a folder, or a *.gguf file. Raises Error naming file and key."""
         return cls(_core.Model.load(os.fspath(folder), threads))
 
     @property

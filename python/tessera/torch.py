@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _core
-from ._arrays import check_layout
+from ._arrays import bhnd, check_layout
 from ._core import Error
 from ._functional import Grid, _options, _problem, as_grid, make_inputs
 from ._methods import Method, Value, as_method, from_description
@@ -70,11 +70,13 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _empty_output(q: Tensor, value_dim: int, tokens_first: bool) -> Tensor:
+def _empty_results(q: Tensor, v: Tensor, tokens_first: bool) -> tuple[Tensor, Tensor]:
+    """An output [B, Hq, Nq, Dv] in the order of axes that the caller has, and a log-sum-exp [B, Hq, Nq]."""
     batch, heads, tokens, _ = q.shape
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if tokens_first:
-        return q.new_empty(batch, tokens, heads, value_dim).transpose(1, 2)
-    return q.new_empty(batch, heads, tokens, value_dim)
+        return q.new_empty(batch, tokens, heads, v.shape[3]).transpose(1, 2), lse
+    return q.new_empty(batch, heads, tokens, v.shape[3]), lse
 
 
 def _problem_of(q: Tensor, k: Tensor, v: Tensor, call: str) -> _core.Problem:
@@ -151,8 +153,7 @@ def _attention(
     problem = _problem_of(q, k, v, call)
     inputs = _inputs(q, k, v, side, side_names, sink_logits, alibi_slopes, key_bias, softcap)
     inputs.check(problem)
-    o = _empty_output(q, v.shape[3], tokens_first)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    o, lse = _empty_results(q, v, tokens_first)
     options = _options("automatic", None, threads, layer, n_layers)
     _method_of(method).attend(problem, inputs, o, lse, options, None, False)
     return o, lse
@@ -176,7 +177,7 @@ def _(
     threads: int,
     tokens_first: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _empty_output(q, v.shape[3], tokens_first), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _empty_results(q, v, tokens_first)
 
 
 @torch.library.custom_op("tessera::attention_backward", mutates_args=(), device_types="cpu")
@@ -210,16 +211,18 @@ def _attention_backward(
         _method_of(method),
         problem,
         inputs,
-        _rows(o),
-        lse.detach(),
-        _rows(d_o),
-        None if d_lse is None else d_lse.detach().contiguous(),
+        *_saved(o, lse, d_o, d_lse),
         wanted,
         _options("automatic", None, threads, layer, n_layers),
         None,
         None,
     )
     return results
+
+
+def _saved(o: Tensor, lse: Tensor, d_o: Tensor, d_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What a backward pass reads of the forward pass and of the gradients that reached it."""
+    return _rows(o), lse.detach(), _rows(d_o), None if d_lse is None else d_lse.detach().contiguous()
 
 
 def _empty_gradients(
@@ -245,6 +248,13 @@ def _wanted(
     )
 
 
+def _gradients_of_logits(
+    others: list[Tensor], sink_logits: Tensor | None, key_bias: Tensor | None
+) -> tuple[Tensor | None, None, Tensor | None]:
+    """Of sink logits, ALiBi slopes (none) and key bias, from the end of `_empty_gradients`."""
+    return others[0] if sink_logits is not None else None, None, others[-1] if key_bias is not None else None
+
+
 @_attention_backward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, side: Sequence[Tensor], sink_logits: Tensor | None, alibi_slopes: Tensor | None,
       key_bias: Tensor | None, o: Tensor, lse: Tensor, d_o: Tensor, d_lse: Tensor | None, method: str, side_names: str,
@@ -268,9 +278,7 @@ def _differentiate_attention(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None)
     )
     d_q, d_k, d_v, *others = gradients
     d_side, others = others[: len(side)], others[len(side) :]
-    d_sink = others[0] if sink_logits is not None else None
-    d_bias = others[-1] if key_bias is not None else None
-    return d_q, d_k, d_v, d_side, d_sink, None, d_bias, *[None] * (len(ctx.rest) + 1)
+    return d_q, d_k, d_v, d_side, *_gradients_of_logits(others, sink_logits, key_bias), *[None] * (len(ctx.rest) + 1)
 
 
 _attention.register_autograd(_differentiate_attention, setup_context=_save_attention)
@@ -296,8 +304,7 @@ def _run_plan(
     inputs = _inputs(q, k, v, (), "", sink_logits, alibi_slopes, key_bias, softcap)
     native = _plan_of(plan)._native
     inputs.check(native.problem)
-    o = _empty_output(q, v.shape[3], tokens_first)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    o, lse = _empty_results(q, v, tokens_first)
     _core.run(native, inputs, o, lse, _options("automatic", None, threads))
     return o, lse
 
@@ -305,7 +312,7 @@ def _run_plan(
 @_run_plan.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, alibi_slopes: Tensor | None, key_bias: Tensor | None,
       plan: int, softcap: float, threads: int, tokens_first: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _empty_output(q, v.shape[3], tokens_first), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _empty_results(q, v, tokens_first)
 
 
 @torch.library.custom_op("tessera::run_plan_backward", mutates_args=(), device_types="cpu")
@@ -330,10 +337,7 @@ def _run_plan_backward(
     _core.run_backward(
         _plan_of(plan)._native,
         inputs,
-        _rows(o),
-        lse.detach(),
-        _rows(d_o),
-        None if d_lse is None else d_lse.detach().contiguous(),
+        *_saved(o, lse, d_o, d_lse),
         _wanted(results, "", sink_logits, key_bias),
         _options("automatic", None, threads),
     )
@@ -361,9 +365,7 @@ def _differentiate_plan(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> t
     d_q, d_k, d_v, *others = _run_plan_backward(
         q, k, v, sink_logits, alibi_slopes, key_bias, o, lse, d_o, d_lse, *ctx.rest
     )
-    d_sink = others[0] if sink_logits is not None else None
-    d_bias = others[-1] if key_bias is not None else None
-    return d_q, d_k, d_v, d_sink, None, d_bias, None, None, None, None
+    return d_q, d_k, d_v, *_gradients_of_logits(others, sink_logits, key_bias), *[None] * (len(ctx.rest) + 1)
 
 
 _run_plan.register_autograd(_differentiate_plan, setup_context=_save_plan)
@@ -375,16 +377,9 @@ _run_plan.register_autograd(_differentiate_plan, setup_context=_save_plan)
 def _to_bhnd(x: Tensor, layout: str, name: str) -> Tensor:
     if not isinstance(x, Tensor):
         raise Error(f"{name} is of type {type(x).__name__}; expected a tensor")
-    expected = 4 if len(layout) == 4 else 3
-    if x.dim() != expected:
-        raise Error(f"{name} has {x.dim()} axes, {tuple(x.shape)}; expected {expected} for layout {layout}")
     if x.device.type not in ("cpu", "meta"):
         raise Error(f"{name} lies on {x.device}; expected cpu")
-    if layout == "BNHD":
-        return x.transpose(1, 2)
-    if layout == "HND":
-        return x.unsqueeze(0)
-    return x.transpose(0, 1).unsqueeze(0) if layout == "NHD" else x
+    return bhnd(x, layout, name)
 
 
 def _from_bhnd(o: Tensor, lse: Tensor, layout: str, packed: bool) -> tuple[Tensor, Tensor]:

@@ -114,6 +114,16 @@ def test_methods_without_backward_say_so(tensors):
         o.sum().backward()
 
 
+@pytest.mark.parametrize("choice", [dict(backend="reference"), dict(isa="portable")])
+def test_choices_without_gradients_are_not_dropped_silently(tensors, choice):
+    with pytest.raises(tessera.Error, match="without gradients"):
+        tessera.attention(*tensors, **choice)
+    plan = tessera.plan(*(x.detach() for x in tensors), causal=True)
+    with pytest.raises(tessera.Error, match="without gradients"):
+        tessera.run(plan, *tensors, **choice)
+    assert tessera.attention(*(x.detach() for x in tensors), **choice).shape == tensors[0].shape[:3] + tensors[2].shape[3:]
+
+
 def test_no_graph_without_gradients(tensors):
     with torch.no_grad():
         o = tessera.attention(*tensors, causal=True)
