@@ -12,7 +12,6 @@
 namespace tessera {
 namespace {
 
-using test::CaseShape;
 using test::LinearCase;
 using test::message_of;
 using ::testing::HasSubstr;

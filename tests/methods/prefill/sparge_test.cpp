@@ -293,7 +293,7 @@ TEST(Sparge, ValuesOfHeads) {
                                {"theta": 1, "cdf": 0.5, "lambda": 50}, {"theta": -1, "cdf": 1, "lambda": 2}]])";
     const std::vector<std::string> own{"theta=-1,cdf=0.5,lambda=1", "theta=0.2,cdf=0.5,lambda=50",
                                        "theta=1,cdf=0.5,lambda=50", "theta=-1,cdf=1,lambda=2"};
-    const auto method = make_method(common + ",heads=" + path);
+    const auto method = make_method(std::string(common).append(",heads=").append(path));
     const auto masks = masks_of(*method, input);
     const test::Attended all = test::attend(*method, input);
     std::int64_t skipped = 0;

@@ -79,7 +79,7 @@ TEST(Gated, RefusesBadGates) {
 
 /// The path of a method file in the test's folder.
 std::string file_of(const std::string& name, const std::string& text) {
-  const std::string path = ::testing::TempDir() + name;
+  std::string path = ::testing::TempDir() + name;
   std::ofstream(path) << text;
   return path;
 }
