@@ -125,6 +125,17 @@ inline simde__m128i emulated_low_bytes(simde__m512i x) {
   return emulated_cast<simde__m128i>(bytes);
 }
 
+/// Bytes as words, with or without their sign.
+inline simde__m512i emulated_widen_bytes(simde__m128i x, bool has_sign) {
+  const auto bytes = emulated_cast<Bytes16>(x);
+  Words16 words{};
+  for (int i = 0; i < 16; ++i) {
+    const std::int32_t value = has_sign ? bytes.lanes[i] : static_cast<std::uint8_t>(bytes.lanes[i]);
+    words.lanes[i] = static_cast<std::uint32_t>(value);
+  }
+  return emulated_cast<simde__m512i>(words);
+}
+
 inline simde__m512i emulated_truncate(simde__m512 x) {
   const auto floats = emulated_cast<Floats16>(x);
   Words16 words{};
@@ -140,6 +151,8 @@ inline simde__m512i emulated_truncate(simde__m512 x) {
 #undef _mm512_reduce_ps
 #undef _mm512_scalef_ps
 #define _mm512_cvtepi32_epi8(x) emulated_low_bytes(x)
+#define _mm512_cvtepi8_epi32(x) emulated_widen_bytes(x, true)
+#define _mm512_cvtepu8_epi32(x) emulated_widen_bytes(x, false)
 #define _mm512_cvttps_epi32(x) emulated_truncate(x)
 #define _mm512_cvtepi32_epi16(x) emulated_narrow(x)
 #define _mm512_cvtepu16_epi32(x) emulated_widen(x)
