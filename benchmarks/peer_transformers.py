@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A prefill by Hugging Face Transformers with Tessera's attention against its own: one model, one process, in turn.
 
-    python benchmarks/peer_transformers.py [--lengths 8192,32768] [--methods dense,streaming,...] [--dtype bf16]
+    python benchmarks/peer_transformers.py [--lengths 8192,32768] [--methods "dense;xattention:tau=0.9"] [--dtype bf16]
 
 The model is a Llama of two layers with random weights, by default with the heads of Llama 3.2 1B doubled in size: the
 time is that of the whole forward pass, projections included, with the logits of the last token. Random weights give flat

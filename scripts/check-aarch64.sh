@@ -61,11 +61,12 @@ if [[ ${#missing[@]} -gt 0 ]]; then
   done
 fi
 
-emulate=(qemu-aarch64 -L /usr/$triple -E "LD_LIBRARY_PATH=$root/usr/lib/$triple:$root/lib/$triple"
+emulate=(qemu-aarch64 -L "/usr/$triple" -E "LD_LIBRARY_PATH=$root/usr/lib/$triple:$root/lib/$triple"
   -E OMP_NUM_THREADS=2 -E OMP_WAIT_POLICY=passive)
+chart=$(find /usr/share/javascript/chart.js /usr/share/nodejs/chart.js -name chart.min.js 2>/dev/null | head -n 1) || true
 configure=(-G Ninja -DCMAKE_TOOLCHAIN_FILE="$PWD/cmake/aarch64-linux-gnu.cmake" -DTESSERA_ARM_ROOT="$root" -DCMAKE_BUILD_TYPE=Release
   -DTESSERA_BUILD_BENCHMARKS=OFF -DTESSERA_EMULATED_LEVELS=OFF
-  -DTESSERA_CHART_JS="$(find /usr/share/javascript/chart.js /usr/share/nodejs/chart.js -name chart.min.js 2>/dev/null | head -n 1)")
+  "-DTESSERA_CHART_JS=$chart")
 log_of() { # file, command: the command's output goes to the file, and its end is shown when it fails
   "${@:2}" >"$1" 2>&1 || { tail -n 60 "$1"; return 1; }
 }

@@ -55,6 +55,37 @@ def test_models(monkeypatch, capsys):
     assert capsys.readouterr().out
 
 
+def calls_of_the_migration_tables():
+    for line in (ROOT / "docs/python/migration.md").read_text().splitlines():
+        if not line.startswith("| "):
+            continue
+        for code in re.findall(r"`((?:attention|run|Plan\.\w+)\(.*?\))`", line.split(" | ")[-1]):
+            code = re.sub(r"\((?:\.\.\.)", "(q, k, v", code)  # "..." stands for what was said before
+            yield re.sub(r", (?:\w+=)?\.\.\.", "", code)
+
+
+@pytest.mark.parametrize("code", sorted(set(calls_of_the_migration_tables())))
+def test_migration(code, rng):
+    q, k, v = (rng.standard_normal((1, heads, 256, 32)).astype(np.float32) for heads in (4, 2, 2))
+    problem = tessera.problem_of(q, k, v, causal=True)
+    names = {name: getattr(tessera, name) for name in ("attention", "run", "Plan", "problem_of")}
+    names |= dict(
+        q=q, k=k, v=v, s=0.2, l=31, r=0, c=30.0, a=np.ones(4, np.float32), t=0.5, v_size=64, s_size=64, top_k=2,
+        cu_q=[0, 1, 4], cu_k=[0, 1, 2], problem=problem, plan=tessera.plan(q, k, causal=True), p=tessera.plan(q, k, causal=True),
+        mask=np.tri(256, dtype=bool), R=64, C=64, indptr=[0, 1, 2, 3, 4], indices=[0, 0, 1, 2],
+    )  # fmt: skip
+    if "NHD" in code and "BNHD" not in code:
+        names |= dict(q=q[0], k=k[0], v=v[0])
+    if "page_table" in code:
+        pools = (x.reshape(2, 16, 16, 32).transpose(1, 0, 2, 3).copy() for x in (k[0], v[0]))
+        names |= dict(zip(("k_pool", "v_pool"), pools)) | dict(t=np.arange(16)[None], p=16)
+    if "block_mask" in code:
+        flex = pytest.importorskip("torch.nn.attention.flex_attention")
+        names["m"] = flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, 256, 256, device="cpu")
+    result = eval(code, names)
+    assert isinstance(result, tessera.Plan) or np.isfinite(result).all()
+
+
 def test_torch():
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
