@@ -44,7 +44,7 @@ packages=(libfmt-dev libfmt9 libdnnl-dev libdnnl2 libpng-dev libpng16-16 zlib1g-
   ocl-icd-libopencl1 opencl-c-headers opencl-clhpp-headers libgtest-dev libgmock-dev nlohmann-json3-dev libcli11-dev
   libpcre2-dev libpcre2-8-0 libutf8proc-dev libutf8proc2)
 ! $wheel || packages+=(libpython3.11-dev libpython3.11-minimal libpython3.11-stdlib python3.11-minimal libexpat1
-  libffi8)
+  libffi8 libssl3 libbz2-1.0 liblzma5)
 state=$PWD/$build/apt
 mkdir -p "$state"/{lists/partial,cache/archives/partial,packages,unpacked} "$root"
 missing=()
