@@ -19,23 +19,34 @@
 
 namespace {
 
-std::atomic<std::int64_t> held{0};
-std::atomic<std::int64_t> peak{0};
+/// Bytes that operator new has given out and not got back, and the most that they were.
+std::atomic<std::int64_t>& held() {
+  static std::atomic<std::int64_t> bytes{0};
+  return bytes;
+}
+std::atomic<std::int64_t>& peak() {
+  static std::atomic<std::int64_t> bytes{0};
+  return bytes;
+}
+
+// What operator new is made of.
+// NOLINTBEGIN(cppcoreguidelines-no-malloc)
 
 void* counted(std::size_t bytes, std::size_t alignment) {
   const std::size_t rounded = (std::max<std::size_t>(bytes, 1) + alignment - 1) / alignment * alignment;
   void* at = alignment > alignof(std::max_align_t) ? std::aligned_alloc(alignment, rounded) : std::malloc(rounded);
   if (at == nullptr) throw std::bad_alloc();
-  const std::int64_t now = held += static_cast<std::int64_t>(malloc_usable_size(at));
-  for (std::int64_t most = peak; now > most && !peak.compare_exchange_weak(most, now);) {
+  const std::int64_t now = held() += static_cast<std::int64_t>(malloc_usable_size(at));
+  for (std::int64_t most = peak(); now > most && !peak().compare_exchange_weak(most, now);) {
   }
   return at;
 }
 
 void release(void* at) noexcept {
-  if (at != nullptr) held -= static_cast<std::int64_t>(malloc_usable_size(at));
+  if (at != nullptr) held() -= static_cast<std::int64_t>(malloc_usable_size(at));
   std::free(at);
 }
+// NOLINTEND(cppcoreguidelines-no-malloc)
 
 }  // namespace
 
@@ -81,11 +92,11 @@ TEST_P(PrefillMemory, StaysBelowOneBitPerPair) {
   std::vector<float> lse(static_cast<std::size_t>(options.tokens));
   PlanContext context;
   context.run.threads = 2;
-  const std::int64_t before = held;
-  peak = before;
+  const std::int64_t before = held();
+  peak() = before;
   method->attend(data.problem, inputs,
                  {mutable_view_of(o.data(), DType::f32, {1, 1, options.tokens, options.head_dim}), lse}, context);
-  const std::int64_t needed = peak - before;
+  const std::int64_t needed = peak() - before;
   EXPECT_GT(needed, 10'000) << "nothing was counted";
   EXPECT_LT(needed, options.tokens * options.tokens / 8);
 }
