@@ -48,7 +48,7 @@ METHODS = (
     Method("xattention", "blocks", "up to 13.5x attention at 256k on an A100",
            "scores multiply 1/stride of what half of dense attention does, in float32, at half the rate of bf16"),
     Method("sale", "sink-band", "at least 3.36x beyond 64k; estimates take about 11% of dense",
-           "no CPU multiplies 4-bit numbers faster than bytes: estimates take 26% of dense"),
+           "no CPU multiplies 4-bit numbers faster than bytes: estimates take 30% of dense here, 25% at least"),
     Method("anchor-stripe", "power-law", "1.44x over the previous best at 128k, up to 4.6x over dense",
            "the logits of these heads span little more than theta = 12, so that most keys stay"),
     Method("proxyattn", "power-law", "up to 10.3x attention, 2.4x prefill",

@@ -14,7 +14,7 @@
 // What the estimate costs: every pair between the two regions is a product of head_dim numbers of 4 bits. The GPUs of
 // the paper multiply those four times as fast as 16-bit floats and report about 11% of dense attention, which is two
 // such products per pair. CPUs multiply bytes at best (VNNI, AMX), twice as fast as bf16: half of half of dense, 25%,
-// is the floor of the text's algorithm here at any length; 26 to 27% are measured. Bounds that would leave pairs out
+// is the floor of the text's algorithm here at any length; 26 to 30% are measured. Bounds that would leave pairs out
 // without multiplying them (means with radii, some channels and Cauchy-Schwarz for the others) hold too seldom in 64
 // channels and more to pay for themselves.
 //
