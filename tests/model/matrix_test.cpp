@@ -118,7 +118,8 @@ TEST(MatrixTest, TogetherAsAlone) {
     for (int i = 0; i < 32; ++i) bytes.push_back(static_cast<std::byte>(random()));
   }
   const BlockMatrix blocks(bytes, GgmlType::q8_0, 50, inputs);
-  const BlockMatrix part(std::span(bytes).first(7 * inputs / 32 * 34), GgmlType::q8_0, 7, inputs);
+  const BlockMatrix part(std::span<const std::byte>(bytes).first(static_cast<std::size_t>(7 * inputs / 32 * 34)),
+                         GgmlType::q8_0, 7, inputs);
   const Stored stored(20, inputs, DType::bf16);
   const std::vector<std::vector<const Matrix*>> groups{
       {&blocks, &part}, {&part, stored.matrix.get(), &blocks}, {stored.matrix.get()}};
