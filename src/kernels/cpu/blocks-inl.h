@@ -21,7 +21,7 @@ inline float half_at(const std::uint8_t* p) {
 // One block of each type: `group` numbers share a scale, `numbers` make a block of `bytes` bytes; codes above 127 are
 // `wide`.
 
-struct BlockQ8_0 {
+struct BlockQ80 {
   static constexpr int group = 32, numbers = 32, bytes = 34;
   static constexpr bool wide = true;
   static void unpack(const std::uint8_t* p, std::uint8_t* codes, float* scale, float* minimum) {
@@ -255,19 +255,19 @@ inline void for_each_row(const BlockRows& weights, float* y, const Dot& dot) {
 
 // Types of 32 numbers with one f16 scale at the start of a block: their codes as unsigned bytes, and what stands for 0.
 
-struct CodesQ8_0 {
-  static constexpr std::int64_t bytes = BlockQ8_0::bytes;
+struct CodesQ80 {
+  static constexpr std::int64_t bytes = BlockQ80::bytes;
   static constexpr bool wide = true;
   static constexpr float none = 128;
   static IntVec load(const std::uint8_t* p) { return flip_signs(load_halves(p + 2, bytes)); }
 };
-struct CodesQ4_0 {
+struct CodesQ40 {
   static constexpr std::int64_t bytes = BlockNibbles<false, false>::bytes;
   static constexpr bool wide = false;
   static constexpr float none = 8;
   static IntVec load(const std::uint8_t* p) { return load_nibbles(p + 2, bytes); }
 };
-struct CodesQ5_0 {
+struct CodesQ50 {
   static constexpr std::int64_t bytes = BlockNibbles<false, true>::bytes;
   static constexpr bool wide = false;
   static constexpr float none = 16;
@@ -406,13 +406,13 @@ inline bool multiply_one_row(const BlockRows& weights, const ByteActivations& x,
   const std::int64_t inputs = weights.inputs;
   switch (weights.type) {
     case GgmlType::q8_0:
-      for_each_row(weights, y, [&](const auto* p) { return dot_one_scale<CodesQ8_0>(p, inputs / 32, x); });
+      for_each_row(weights, y, [&](const auto* p) { return dot_one_scale<CodesQ80>(p, inputs / 32, x); });
       return true;
     case GgmlType::q4_0:
-      for_each_row(weights, y, [&](const auto* p) { return dot_one_scale<CodesQ4_0>(p, inputs / 32, x); });
+      for_each_row(weights, y, [&](const auto* p) { return dot_one_scale<CodesQ40>(p, inputs / 32, x); });
       return true;
     case GgmlType::q5_0:
-      for_each_row(weights, y, [&](const auto* p) { return dot_one_scale<CodesQ5_0>(p, inputs / 32, x); });
+      for_each_row(weights, y, [&](const auto* p) { return dot_one_scale<CodesQ50>(p, inputs / 32, x); });
       return true;
     case GgmlType::q4_k:
       for_each_row(weights, y, [&](const auto* p) { return dot_q45_k<false>(p, inputs, x); });
@@ -433,7 +433,7 @@ template <class Body>
 inline void with_block(GgmlType type, const Body& body) {
   switch (type) {
     case GgmlType::q8_0:
-      return body(BlockQ8_0{});
+      return body(BlockQ80{});
     case GgmlType::q4_0:
       return body(BlockNibbles<false, false>{});
     case GgmlType::q4_1:
