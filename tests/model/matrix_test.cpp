@@ -129,6 +129,7 @@ TEST(MatrixTest, TogetherAsAlone) {
       for (const bool exact : {false, true}) {
         const ProductOptions options{.threads = 2, .exact = exact};
         std::vector<std::vector<float>> results;
+        results.reserve(group.size());
         for (const Matrix* matrix : group) results.emplace_back(static_cast<std::size_t>(rows * matrix->outputs()));
         std::vector<MatrixProduct> products;
         for (std::size_t i = 0; i < group.size(); ++i) products.push_back({group[i], results[i].data()});
