@@ -306,8 +306,47 @@ inline IntVec load_halves(const void* p, std::int64_t) {
   const auto* bytes = static_cast<const std::uint8_t*>(p);
   return {vreinterpretq_s32_u8(vld1q_u8(bytes)), vreinterpretq_s32_u8(vld1q_u8(bytes + 16))};
 }
-inline Vec spread_halves(const float* p, std::int64_t) {
-  return set1(*p);
+inline IntVec load_nibbles(const std::uint8_t* p, std::int64_t) {
+  const uint8x16_t both = vld1q_u8(p);
+  return {vreinterpretq_s32_u8(vandq_u8(both, vdupq_n_u8(15))), vreinterpretq_s32_u8(vshrq_n_u8(both, 4))};
+}
+inline IntVec add_fifth_bits(IntVec codes, const std::uint8_t* p, std::int64_t) {
+  // Byte i of the codes belongs to bit i % 8 of byte i / 8 at p.
+  const uint8x8_t eight = vcreate_u8(0x8040201008040201U);
+  const uint8x16_t own = vcombine_u8(eight, eight);
+  const auto fifth = [&](const std::uint8_t* two) {
+    const uint8x16_t bits = vtstq_u8(vcombine_u8(vdup_n_u8(two[0]), vdup_n_u8(two[1])), own);
+    return vreinterpretq_s32_u8(vandq_u8(bits, vdupq_n_u8(16)));
+  };
+  return {vorrq_s32(codes.low, fifth(p)), vorrq_s32(codes.high, fifth(p + 2))};
+}
+template <int first, int second>
+inline IntVec shift_halves(IntVec x) {
+  const int32x4_t bits = vdupq_n_s32(first);  // negative: to the right
+  return {vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(x.low), bits)),
+          vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(x.high), bits))};
+}
+inline Vec collect_half_numbers(const std::uint8_t* p, std::int64_t stride) {
+  std::uint16_t numbers[kLanes];
+  for (int i = 0; i < kLanes; ++i) std::memcpy(numbers + i, p + i * stride, 2);
+  const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(numbers));
+  return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)};
+}
+inline Vec load_signed_bytes(const std::uint8_t* p) {
+  const int16x8_t numbers = vmovl_s8(vreinterpret_s8_u8(vld1_u8(p)));
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(numbers))), vcvtq_f32_s32(vmovl_high_s16(numbers))};
+}
+inline Vec load_twice(const float* p) {
+  const float32x4_t four = vld1q_f32(p);
+  return {vzip1q_f32(four, four), vzip2q_f32(four, four)};
+}
+inline Vec set_half_number(const std::uint8_t* p) {
+  return set1(half_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8)));
+}
+inline Vec spread_fours(Vec v, int first) {
+  float numbers[kLanes];
+  store(numbers, v);
+  return {vdupq_n_f32(numbers[first]), vdupq_n_f32(numbers[first + 1])};
 }
 inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t) {
   return set1(half_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8)));
@@ -316,15 +355,30 @@ inline IntVec flip_signs(IntVec bytes) {
   const int32x4_t signs = vreinterpretq_s32_u8(vdupq_n_u8(0x80));
   return {veorq_s32(bytes.low, signs), veorq_s32(bytes.high, signs)};
 }
-inline Vec bytes_as_numbers(const std::uint8_t* bytes) {
-  const uint16x8_t halves = vmovl_u8(vld1_u8(bytes));
-  return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(halves))), vcvtq_f32_u32(vmovl_high_u16(halves))};
+template <int apart>
+inline Vec spread_two(Vec v, int first) {
+  float numbers[kLanes];
+  store(numbers, v);
+  return set1(numbers[first]);
 }
-inline void weigh_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
-  store(to, mul(mul(bytes_as_numbers(bytes), set1(factor)), load(weights)));
+struct GroupFactors {
+  Vec scales;
+  Vec minima;
+};
+inline GroupFactors weigh_groups(const std::uint8_t* p, const float* scales, const float* sums) {
+  float own[kLanes];
+  float least[kLanes];
+  for (int i = 0; i < 4; ++i) {
+    own[i] = static_cast<float>(p[4 + i] & 63);
+    own[4 + i] = static_cast<float>((p[12 + i] & 15) | (p[4 + i] >> 6) << 4);
+    least[i] = static_cast<float>(p[8 + i] & 63);
+    least[4 + i] = static_cast<float>(p[12 + i] >> 4 | (p[8 + i] >> 6) << 4);
+  }
+  return {mul(mul(load(own), load(scales)), spread_half_numbers(p, 0)),
+          mul(mul(load(least), load(sums)), spread_half_numbers(p + 2, 0))};
 }
-inline void add_weighed_bytes8(const std::uint8_t* bytes, float factor, const float* weights, float* to) {
-  store(to, fma(mul(bytes_as_numbers(bytes), set1(factor)), load(weights), load(to)));
+inline Vec add_minima(Vec sum, GroupFactors factors) {
+  return add(sum, factors.minima);
 }
 template <int lanes>
 inline Vec spread_lanes(const float* p) {
