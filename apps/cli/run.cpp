@@ -40,7 +40,8 @@ struct Options {
   double memory_limit = 0;
   bool exact_products = false;
   bool ignore_eos = false;
-  std::optional<bool> bits_per_byte;
+  bool bits_per_byte = false;
+  bool no_bits_per_byte = false;
   std::string logits_out;
   std::string dump_qkv;
   std::string dump_layers;
@@ -157,7 +158,7 @@ void run_run(const Options& options) {
   generate_options.max_tokens = options.tokens;
   generate_options.sampling = options.sampling;
   generate_options.stop_at_eos = !options.ignore_eos;
-  generate_options.bits_per_byte = options.bits_per_byte.value_or(options.json);
+  generate_options.bits_per_byte = options.bits_per_byte || (options.json && !options.no_bits_per_byte);
   generate_options.prefill.on_progress = [&](double done, std::int64_t total) {
     progress.show("prefill", done, total);
     if (done >= static_cast<double>(total)) progress.finish();
@@ -223,9 +224,11 @@ void add_run(CLI::App& app) {
   command->add_flag("--exact-products", options->exact_products,
                     "Multiply bf16 weights with float32 activations, more slowly");
   command->add_flag("--ignore-eos", options->ignore_eos, "Do not stop at an end-of-sequence token");
-  command->add_flag(
-      "--bits-per-byte,!--no-bits-per-byte", options->bits_per_byte,
-      "Measure the bits per byte of the prompt, from the logits of all its tokens (default: with --json)");
+  CLI::Option* bits = command->add_flag("--bits-per-byte", options->bits_per_byte,
+                                        "Measure the bits per byte of the prompt, from the logits of all its tokens");
+  command
+      ->add_flag("--no-bits-per-byte", options->no_bits_per_byte, "Leave them out of --json, which measures them else")
+      ->excludes(bits);
   command->add_option("--logits-out", options->logits_out, "Write the prompt's logits: f32 [tokens, vocabulary]");
   command->add_option(
       "--dump-qkv", options->dump_qkv,

@@ -52,6 +52,17 @@ class RunCachesTest(CommandLineTest):
                 json.dump({"layers": layers[:1]}, file)
             self.refuse("run", "--model", MODEL, "--prompt", path, "--method", path, saying="the model has 4")
 
+    def test_report(self):
+        """The keys that scripts read, all of them numbers, texts and tokens."""
+        report = self.run_model()
+        for key in ["prefill_ms", "prefill_tokens_per_s", "attention_ms", "decode_tokens_per_s", "peak_rss_mb", "density",
+                    "bits_per_byte"]:  # fmt: skip
+            self.assertGreater(report[key], 0, key)
+        self.assertEqual((len(report["tokens"]), report["prompt_tokens"]), (8, 901))
+        self.assertIsInstance(report["text"], str)
+        self.assertIsNone(self.run_model("--no-bits-per-byte")["bits_per_byte"])
+        self.refuse("run", "--model", MODEL, "--prompt", "-", "--bits-per-byte", "--no-bits-per-byte", saying="excludes")
+
     def test_dump_qkv(self):
         text = "Attention reads queries, keys and values. " * 15
         prompt = self.write("prompt.txt", text.encode())
