@@ -95,12 +95,25 @@ def test_fronts_follow_the_choices(page: Page, report: tuple[dict, Path]) -> Non
         assert front[-1] == pytest.approx((cost(best), best["score"]["mean"]))
 
 
+def test_decoding_has_its_own_density(page: Page, tessera: Path, tmp_path: Path) -> None:
+    """Where only decoding is sparse, the front is drawn over what decoding read."""
+    path = tmp_path / "decode.html"
+    command = [tessera, "eval", "--model", MODEL, "--tasks", "mqar", "--lengths", "512", "--methods", ",".join(METHODS[:2]),
+               "--samples", "1", "--phase", "decode", "--html", path, "--json"]  # fmt: skip
+    rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["results"]
+    open_report(page, path)
+    drawn = points(page, "score-density")
+    for method, row in zip(METHODS[:2], rows, strict=True):
+        assert drawn[method][0]["x"] == pytest.approx(row["decode_density"])
+    assert rows[1]["decode_density"] < 0.5 < rows[0]["decode_density"]
+
+
 def test_tables_sort(page: Page, report: tuple[dict, Path]) -> None:
     """A click on a head sorts upwards, a second one downwards; dense attention loses nothing against itself."""
     document, path = report
     open_report(page, path)
     assert page.locator("#rows tbody tr").count() == len(document["results"])
-    head = page.locator("#rows th", has_text="density")
+    head = page.locator('#rows th:text-is("density")')
     column = page.evaluate("[...document.querySelectorAll('#rows th')].map(th => th.textContent).indexOf('density')")
     for direction in ("ascending", "descending"):
         head.click()
