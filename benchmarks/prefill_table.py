@@ -110,7 +110,12 @@ def home_of(options, method):
     return f"home {method.home} {at.partition(':')[0]}" if options.long and at else None
 
 
-def cases(options, folder):
+def missing(state, label, methods):
+    """Those whose row is not in the state yet."""
+    return [method for method in methods if f"{label} | {method.spec}" not in state]
+
+
+def cases(options, state, folder):
     """(label, methods, arguments of compare)."""
     shape = ["--kv-heads", "1", "--dim", "128", "--dtype", "bf16"]
     for pair in filter(None, options.lengths.split(",")):
@@ -118,14 +123,17 @@ def cases(options, folder):
         for archetype in ARCHETYPES:
             yield (f"{archetype} {length}", METHODS,
                    [*shape, "--heads", heads or "1", "--lengths", length, "--data", archetype])
-    if not options.no_model:
+    for tokens in filter(None, options.model_tokens.split(",")):
+        label, methods = f"model {tokens}", tuple(m for m in METHODS if m.name != "seer")
+        if not missing(state, label, methods):
+            continue
         qkv = folder / "layers.safetensors"
         prompt = folder / "prompt.txt"
         text = b"".join(file.read_bytes() for file in sorted((ROOT / "docs").glob("*.md")))
-        prompt.write_bytes(text[:options.model_tokens])
+        prompt.write_bytes(text[:int(tokens)])
         run_json([options.binary, "run", "--model", MODEL, "--prompt", prompt, "-n", "1", "--json", "--dump-qkv", qkv,
-                  "--dump-layers", "0+1+3"])
-        yield f"model {options.model_tokens}", tuple(m for m in METHODS if m.name != "seer"), ["--qkv", qkv, "--causal"]
+                  "--dump-layers", options.model_layers])
+        yield label, methods, ["--qkv", qkv, "--causal"]
     homes = {}
     for method in METHODS:
         if home_of(options, method) is not None:
@@ -140,8 +148,8 @@ def measure(options):
     state = json.loads(options.state.read_text()) if options.state.is_file() else {}
     prefix = shlex.split(options.prefix)
     with tempfile.TemporaryDirectory() as folder:
-        for label, methods, arguments in cases(options, pathlib.Path(folder)):
-            wanted = [method for method in methods if f"{label} | {method.spec}" not in state]
+        for label, methods, arguments in cases(options, state, pathlib.Path(folder)):
+            wanted = missing(state, label, methods)
             for first in range(0, len(wanted), options.together):
                 part = wanted[first:first + options.together]
                 print(f"{label}: {', '.join(method.name for method in part)}", file=sys.stderr, flush=True)
@@ -195,7 +203,7 @@ def markdown(options, state):
         if label.startswith("home "):
             continue
         archetype, _, length = label.partition(" ")
-        source = "What three layers of the embedded model attend to" if archetype == "model" else f"`{archetype}`"
+        source = "What the embedded model attends to" if archetype == "model" else f"`{archetype}`"
         text += [f"## {source}, {int(length):,} tokens", "", table(state, label), ""]
     claimed = [(method, home_of(options, method)) for method in METHODS]
     claimed = [(method, home, state[f"{home} | {method.spec}"]) for method, home in claimed if f"{home} | {method.spec}" in state]
@@ -217,8 +225,8 @@ def main():
     parser.add_argument("binary", type=pathlib.Path)
     parser.add_argument("--lengths", default="8192:8,32768:2", help="tokens:query heads, ...")
     parser.add_argument("--long", default="131072:1", help="tokens:query heads of the comparison with papers; empty: none")
-    parser.add_argument("--model-tokens", type=int, default=8192)
-    parser.add_argument("--no-model", action="store_true", help="leave the embedded model out")
+    parser.add_argument("--model-tokens", default="8192", help="bytes that the model reads, ...; empty: no model")
+    parser.add_argument("--model-layers", default="0+1+3", help="layers whose heads are compared")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--together", type=int, default=4, help="methods per run of tessera")

@@ -133,7 +133,8 @@ if $wheel; then
     { echo "check-aarch64: the wheel is built against Debian's headers of Python 3.11; .venv has another version" >&2; exit 1; }
   mkdir -p "$build/wheel"
   rm -rf "$build"/wheel/*
-  options=()
+  target_python=("${emulate[@]}" -E "PYTHONHOME=$root/usr" "$root/usr/bin/python3.11")
+  options=(-C "cmake.define.TESSERA_TARGET_PYTHON=$(IFS=";"; echo "${target_python[*]}")")
   for option in "${configure[@]:2}" "-DPython_INCLUDE_DIR=$root/usr/include/python3.11"; do options+=(-C "cmake.define.${option#-D}"); done
   # In the build folder of the tests, whose objects it uses.
   CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) _PYTHON_HOST_PLATFORM=linux-aarch64 SETUPTOOLS_EXT_SUFFIX=.cpython-311-$triple.so \
@@ -142,6 +143,7 @@ if $wheel; then
   log_of "$build/wheel.log" $python -m pip install --disable-pip-version-check --target "$build/wheel/site" --upgrade \
     --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 \
     --platform linux_aarch64 "$build"/wheel/*.whl
+  grep -q 'class Plan' "$build/wheel/site/tessera/_core.pyi" || { echo "check-aarch64: the wheel has no stub of its module" >&2; exit 1; }
   "${emulate[@]}" -E "PYTHONHOME=$root/usr" -E "PYTHONPATH=$PWD/$build/wheel/site" "$root/usr/bin/python3.11" - <<'PYTHON'
 import platform
 
