@@ -43,26 +43,36 @@ double measure_peak_gflops(Isa isa, DType compute, int threads) {
   return best;
 }
 
-double measure_read_bandwidth(int threads) {
+struct MemoryReader::Buffer {
+  static constexpr std::int64_t floats = std::int64_t{1} << 27;  // 512 MiB
+  AlignedBuffer memory{floats * sizeof(float)};
+};
+
+MemoryReader::MemoryReader(int threads) : threads_(thread_count(threads)), buffer_(std::make_unique<Buffer>()) {
+  std::fill_n(reinterpret_cast<float*>(buffer_->memory.data()), Buffer::floats, 1.0F);
+}
+
+MemoryReader::~MemoryReader() = default;
+
+double MemoryReader::pass() {
   const LevelKernels& level = level_of(supported_isas().back());
-  const int team = thread_count(threads);
-  constexpr std::int64_t floats = std::int64_t{1} << 27;  // 512 MiB
-  const AlignedBuffer memory(floats * sizeof(float));
-  auto* buffer = reinterpret_cast<float*>(memory.data());
-  std::fill_n(buffer, floats, 1.0F);
-  constexpr int rounds = 7;
-  double best = 0;
-  for (int round = 0; round < rounds; ++round) {
-    std::vector<float> sinks(static_cast<std::size_t>(team));
-    const auto start = std::chrono::steady_clock::now();
-#pragma omp parallel num_threads(team)
-    {
-      const int t = omp_get_thread_num();
-      const std::int64_t share = floats / team;
-      sinks[static_cast<std::size_t>(t)] = level.read_loop(buffer + share * t, share);
-    }
-    best = std::max(best, static_cast<double>(floats) * sizeof(float) / seconds_since(start) / 1e9);
+  const auto* floats = reinterpret_cast<const float*>(buffer_->memory.data());
+  std::vector<float> sinks(static_cast<std::size_t>(threads_));
+  const auto start = std::chrono::steady_clock::now();
+#pragma omp parallel num_threads(threads_)
+  {
+    const int t = omp_get_thread_num();
+    const std::int64_t share = Buffer::floats / threads_;
+    sinks[static_cast<std::size_t>(t)] = level.read_loop(floats + share * t, share);
   }
+  return static_cast<double>(Buffer::floats) * sizeof(float) / seconds_since(start) / 1e9;
+}
+
+double measure_read_bandwidth(int threads) {
+  constexpr int passes = 7;
+  MemoryReader reader(threads);
+  double best = 0;
+  for (int pass = 0; pass < passes; ++pass) best = std::max(best, reader.pass());
   return best;
 }
 

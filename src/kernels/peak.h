@@ -1,6 +1,8 @@
 // What this machine can do at best, measured now: the yardstick of every benchmark.
 #pragma once
 
+#include <memory>
+
 #include "tessera/attention.h"
 
 namespace tessera::kernels {
@@ -9,7 +11,25 @@ namespace tessera::kernels {
 /// float fused multiply-adds), on registers only, `threads` threads (0: all). Best of several short rounds.
 double measure_peak_gflops(Isa isa, DType compute, int threads);
 
-/// Bytes per second (GB/s) at which `threads` threads read a buffer far larger than the caches.
+/// Reads a buffer far larger than the caches, pass by pass: memory is shared with whatever else the host runs, and what
+/// it gives may double within a second, so that a kernel is judged by passes taken in turn with it.
+class MemoryReader {
+ public:
+  /// 0 threads: all.
+  explicit MemoryReader(int threads);
+  ~MemoryReader();
+  MemoryReader(const MemoryReader&) = delete;
+  MemoryReader& operator=(const MemoryReader&) = delete;
+  /// GB/s of one pass.
+  double pass();
+
+ private:
+  struct Buffer;
+  int threads_;
+  std::unique_ptr<Buffer> buffer_;
+};
+
+/// GB/s at which `threads` threads read from memory: the best of several passes.
 double measure_read_bandwidth(int threads);
 
 }  // namespace tessera::kernels

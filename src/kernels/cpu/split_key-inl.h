@@ -19,39 +19,41 @@ struct DecodeBlock {
 /// Numbers per step: rows are read two vectors at a time.
 constexpr std::int64_t kPair = 2 * kLanes;
 
-/// Asks for the lines that begin in bytes [offset, offset + bytes) of a row. Into L2: its queue of misses is longer
-/// than that of L1. A few lines at a time, between products: a burst would hold up the loads behind it.
-template <std::int64_t bytes>
-[[gnu::always_inline]] inline void ask_for(const std::byte* row, std::int64_t offset) {
-  constexpr std::int64_t line = 64;
-  if (bytes < line && offset % line != 0) return;
-  for (std::int64_t i = 0; i < bytes; i += line) __builtin_prefetch(row + offset + i, 0, 2);
-}
-
-/// The value rows to ask for meanwhile, line after line: in the order of memory, whatever part of the rows the output
-/// is at, because the machine then reads on by itself.
-class ValueWalk {
+/// The rows to ask for meanwhile, line after line: in the order of memory, whatever part of the rows a product is at,
+/// because the machine then reads on by itself. Into L2: its queue of misses is longer than that of L1. A few lines at
+/// a time, between products: a burst would hold up the loads behind it.
+class RowWalk {
  public:
-  ValueWalk(const TileShape& shape, const DecodeBlock& block)
-      : block_(block), row_bytes_(shape.value_dim * static_cast<std::int64_t>(size_of(shape.dtype))) {}
+  RowWalk(const std::byte* const* rows, const std::int64_t* ahead, std::int64_t row_bytes, std::int64_t count)
+      : rows_(rows), ahead_(ahead), row_bytes_(row_bytes), count_(count) {}
 
   [[gnu::always_inline]] inline void ask_for_lines(std::int64_t lines) {
     constexpr std::int64_t line = 64;
     for (std::int64_t i = 0; i < lines; ++i) {
-      __builtin_prefetch(block_.v[key_] + block_.ahead_v[key_ / kGroupKeys] + offset_, 0, 2);
+      __builtin_prefetch(rows_[key_] + ahead_[key_ / kGroupKeys] + offset_, 0, 2);
       offset_ += line;
       if (offset_ < row_bytes_) continue;
       offset_ = 0;
-      if (key_ + 1 < block_.count) ++key_;
+      if (key_ + 1 < count_) ++key_;
     }
   }
 
  private:
-  const DecodeBlock& block_;
+  const std::byte* const* rows_;
+  const std::int64_t* ahead_;
   std::int64_t row_bytes_;
+  std::int64_t count_;
   std::int64_t key_ = 0;
   std::int64_t offset_ = 0;
 };
+
+inline RowWalk walk_values(const TileShape& shape, const DecodeBlock& block) {
+  return {block.v, block.ahead_v, shape.value_dim * static_cast<std::int64_t>(size_of(shape.dtype)), block.count};
+}
+
+inline RowWalk walk_keys(const TileShape& shape, const DecodeBlock& block) {
+  return {block.k, block.ahead_k, shape.head_dim * static_cast<std::int64_t>(size_of(shape.dtype)), block.count};
+}
 
 #if defined(TESSERA_LEVEL_BF16)
 /// scores[r][key] for `rows` rows and all keys of the block, by products of bf16 pairs, which are exact.
@@ -61,10 +63,10 @@ inline void decode_scores_of_pairs(const TileShape& shape, const std::uint32_t* 
   constexpr std::int64_t vector_words = 16;
   const std::int64_t whole = shape.storage_words / vector_words * vector_words;
   const auto tail_bytes = static_cast<std::size_t>(shape.head_dim - 2 * whole) * sizeof(std::uint16_t);
+  RowWalk walk = walk_keys(shape, block);
   for (std::int64_t key = 0; key < block.count; key += 4) {
     const std::byte* k[4];
     for (int i = 0; i < 4; ++i) k[i] = block.k[std::min(key + i, block.count - 1)];
-    const std::int64_t ahead = block.ahead_k[key / kGroupKeys];
     Vec acc[rows][4];
     const auto multiply = [&](const Vec(&x)[4], std::int64_t word) {
 #pragma GCC unroll 4
@@ -84,8 +86,8 @@ inline void decode_scores_of_pairs(const TileShape& shape, const std::uint32_t* 
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         x[i] = load_words(reinterpret_cast<const std::uint32_t*>(k[i]) + word);
-        ask_for<sizeof(Vec)>(k[i] + ahead, word * 4);
       }
+      walk.ask_for_lines(4);
       multiply(x, word);
     }
     if (tail_bytes > 0) {
@@ -118,10 +120,10 @@ inline void decode_scores(const TileShape& shape, const std::uint32_t* const* q_
       q_tail[r][paired_place(dtype, d - whole)] = reinterpret_cast<const float*>(q_rows[r])[d];
     }
   }
+  RowWalk walk = walk_keys(shape, block);
   for (std::int64_t key = 0; key < block.count; key += 2) {
     const std::byte* k0 = block.k[key];
     const std::byte* k1 = block.k[std::min(key + 1, block.count - 1)];
-    const std::int64_t ahead = block.ahead_k[key / kGroupKeys];
     Vec acc0[4];
     Vec acc1[4];
     for (int r = 0; r < 4; ++r) acc0[r] = acc1[r] = zero();
@@ -143,8 +145,7 @@ inline void decode_scores(const TileShape& shape, const std::uint32_t* const* q_
     };
     for (std::int64_t d = 0; d < whole; d += kPair) {
       multiply(k0, k1, d, [&](int r) { return reinterpret_cast<const float*>(q_rows[r]) + d; });
-      ask_for<kPair * element>(k0 + ahead, d * element);
-      ask_for<kPair * element>(k1 + ahead, d * element);
+      walk.ask_for_lines(2 * kPair * element / 64);
     }
     if (tail_bytes > 0) {
       std::memcpy(k_tail[0], k0 + whole * element, tail_bytes);
@@ -168,7 +169,7 @@ inline void decode_scores(const TileShape& shape, const std::uint32_t* const* q_
 template <int rows>
 inline void decode_output_of_pairs(const TileShape& shape, const DecodeBlock& block, const TileScratch& scratch,
                                    std::int64_t first) {
-  ValueWalk walk(shape, block);
+  RowWalk walk = walk_values(shape, block);
   const auto* words = reinterpret_cast<const std::uint32_t*>(scratch.probabilities + first * kBlockKeys / 2);
   float* const* output = scratch.output_rows + first;
   const std::int64_t whole = shape.value_dim / kPair * kPair;
@@ -219,7 +220,7 @@ template <DType dtype, int rows>
 inline void decode_output(const TileShape& shape, const DecodeBlock& block, const float* probabilities,
                           float* const* output) {
   constexpr std::int64_t step_bytes = kPair * (dtype == DType::f32 ? 4 : 2);
-  ValueWalk walk(shape, block);
+  RowWalk walk = walk_values(shape, block);
   const std::int64_t whole = shape.value_dim / kPair * kPair;
   for (std::int64_t c = 0; c < whole; c += kPair) {
     Vec acc[rows][2];
