@@ -12,9 +12,9 @@ Random weights alone give flat attention, at which a selection by threshold keep
 biases to queries and keys that make near keys weigh more, as trained models do; dense attention takes the same time
 with and without. The density that a method arrives at stands in its row.
 
-`decode of bandwidth` is what a token reads, weights and the keys and values of the context, over `tessera bench peak`
-of the same run. Rows that are no multiple of 256 have no K type: as llama.cpp does it, Q4_K becomes Q5_0 there, and the
-tied output matrix of Q4_K models is Q6_K or Q8_0. Needs llama-cpp-python and gguf.
+`decode of bandwidth` is what a token reads, weights and the keys and values of the context, over the median of
+`tessera bench peak` before and after every turn. Rows that are no multiple of 256 have no K type: as llama.cpp does it,
+Q4_K becomes Q5_0 there, and the tied output matrix of Q4_K models is Q6_K or Q8_0. Needs llama-cpp-python and gguf.
 """
 
 import argparse
@@ -274,6 +274,11 @@ def print_rows(rows):
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
+def measure_bandwidth(options):
+    command = [options.tessera, "bench", "peak", "--json"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["read_gbps"]
+
+
 def compare(options, folder):
     shape = SHAPES[options.shape]
     lengths = [int(x) for x in options.lengths.split(",")]
@@ -284,12 +289,10 @@ def compare(options, folder):
         [sys.executable, __file__, "--worker", "write", "--model", str(model), "--shape", options.shape, "--type",
          options.type, "--layers", str(options.layers), "--locality", str(options.locality)],
         check=True, stdout=subprocess.PIPE, text=True).stdout)  # fmt: skip
-    peak = json.loads(subprocess.run([options.tessera, "bench", "peak", "--json"], check=True, capture_output=True,
-                                     text=True).stdout)  # fmt: skip
-    bandwidth = peak["read_gbps"]
-    log(f"{model.stat().st_size / 1e6:.0f} MB, {weights / 1e6:.0f} MB read per token, {bandwidth:.1f} GB/s")
+    bandwidths = [measure_bandwidth(options)]
+    log(f"{model.stat().st_size / 1e6:.0f} MB, {weights / 1e6:.0f} MB read per token, {bandwidths[0]:.1f} GB/s")
     runners = ["llama.cpp", *(["transformers"] if options.transformers else []), *options.methods.split(";")]
-    rows = []
+    taken = []
     for length in lengths:
         prompt = folder / "prompt"
         letters = np.random.default_rng(2).integers(ord("a"), ord("z") + 1, length, dtype=np.uint8)
@@ -304,7 +307,11 @@ def compare(options, folder):
                 log(f"{length} tokens, turn {turn + 1} of {options.repeats}, {runner}: prefill "
                     f"{result['prefill_ms']:.0f} ms, decode {result['decode_tokens_per_s']:.1f} tokens/s, "
                     f"{result['peak_rss_mb']:.0f} MB")  # fmt: skip
-        rows += summarise(options, samples, length, weights, bandwidth)
+            bandwidths.append(measure_bandwidth(options))
+        taken.append((length, samples))
+    bandwidth = statistics.median(bandwidths)
+    log("GB/s: " + ", ".join(f"{value:.1f}" for value in bandwidths))
+    rows = [row for length, samples in taken for row in summarise(options, samples, length, weights, bandwidth)]
     title = (f"{options.shape} ({options.layers} of {shape['layers']} layers), {options.type}, {options.threads} "
              f"threads, {bandwidth:.1f} GB/s, medians of {options.repeats}")  # fmt: skip
     if options.json:

@@ -12,11 +12,10 @@ namespace tessera::kernels {
 
 namespace {
 
-/// Bytes of weights that a thread takes at a time: much more than the start of a stream costs, and a small part of what
-/// all threads do.
-constexpr std::int64_t kLeastItemBytes = 1 << 16;
+/// Bytes of weights that a thread takes at a time: long streams first, then ever shorter ones, so that all threads end
+/// at the same time.
+constexpr std::int64_t kLeastItemBytes = 1 << 14;
 constexpr std::int64_t kMostItemBytes = 1 << 19;
-constexpr std::int64_t kItemsWanted = 32;
 /// Matrices below this are read before a second thread has started.
 constexpr std::int64_t kSmallBytes = 1 << 16;
 
@@ -25,20 +24,37 @@ class Activations {
  public:
   Activations(const ByteKernels& kernels, const float* x, std::int64_t rows, std::int64_t inputs) {
     const std::int64_t padded = (inputs + kBlockChunk - 1) / kBlockChunk * kBlockChunk;
-    // Two bytes and, in floats, two numbers of a group of 32 and one of 16 for every activation.
-    buffer_ = AlignedBuffer(static_cast<std::size_t>(rows * padded / 2 * 5));
-    std::memset(buffer_.data(), 0, buffer_.bytes());
+    // Three bytes and, in floats, two numbers of a group of 32 and one of 16 for every activation.
+    buffer_ = AlignedBuffer(static_cast<std::size_t>(rows * padded / 2 * 7));
     auto* bytes = reinterpret_cast<std::int8_t*>(buffer_.data());
     std::int8_t* paired = bytes + rows * padded;
-    auto* scales = reinterpret_cast<float*>(paired + rows * padded);
+    std::int8_t* quartered = paired + rows * padded;
+    auto* scales = reinterpret_cast<float*>(quartered + rows * padded);
     float* sums_of_groups = scales + rows * padded / kActivationGroup;
     float* sums = sums_of_groups + rows * padded / kActivationGroup;
+    const std::int64_t groups = inputs / kActivationGroup;
+    const std::int64_t padded_groups = padded / kActivationGroup;
     for (std::int64_t r = 0; r < rows; ++r) {
-      kernels.quantise_activations(x + r * inputs, inputs, bytes + r * padded, paired + r * padded,
-                                   scales + r * padded / kActivationGroup, sums + r * padded / 16,
-                                   sums_of_groups + r * padded / kActivationGroup);
+      const auto clear = [&](auto* row, std::int64_t first, std::int64_t last) {
+        std::fill(row + first, row + last, 0);
+      };
+      std::int8_t* own = bytes + r * padded;
+      std::int8_t* own_paired = paired + r * padded;
+      std::int8_t* own_quartered = quartered + r * padded;
+      float* own_scales = scales + r * padded_groups;
+      float* own_sums = sums + r * padded_groups * 2;
+      float* own_sums_of_groups = sums_of_groups + r * padded_groups;
+      clear(own, inputs, padded);
+      // The last numbers have places with zeros between them.
+      clear(own_paired, inputs / 256 * 256, padded);
+      clear(own_quartered, inputs / 256 * 256, padded);
+      clear(own_scales, groups, padded_groups);
+      clear(own_sums, 2 * groups, 2 * padded_groups);
+      clear(own_sums_of_groups, groups, padded_groups);
+      kernels.quantise_activations(x + r * inputs, inputs, own, own_paired, own_quartered, own_scales, own_sums,
+                                   own_sums_of_groups);
     }
-    view_ = {rows, padded, bytes, paired, scales, sums, sums_of_groups};
+    view_ = {rows, padded, bytes, paired, quartered, scales, sums, sums_of_groups};
   }
   const ByteActivations& view() const { return view_; }
 
@@ -60,23 +76,27 @@ void multiply_blocks(std::span<const BlockProduct> products, const float* x, std
   const std::int64_t inputs = products.front().weights.inputs;
   std::int64_t bytes = 0;
   for (const BlockProduct& product : products) bytes += product.weights.outputs * product.weights.row_bytes;
-  const std::int64_t item_bytes = std::clamp(bytes / kItemsWanted, kLeastItemBytes, kMostItemBytes);
   struct Item {
     const BlockProduct* product;
     std::int64_t first;
     std::int64_t outputs;
   };
   std::vector<Item> items;
+  std::int64_t left = bytes;
+  const int team = bytes < kSmallBytes ? 1 : thread_count(threads);
   for (const BlockProduct& product : products) {
-    const std::int64_t outputs = product.weights.outputs;
-    const std::int64_t most = std::max<std::int64_t>(item_bytes / product.weights.row_bytes, 1);
-    for (std::int64_t first = 0; first < outputs; first += most) {
-      items.push_back({&product, first, std::min(most, outputs - first)});
+    const auto& [type, blocks, row_bytes, outputs, own_inputs] = product.weights;
+    for (std::int64_t first = 0; first < outputs;) {
+      const std::int64_t item_bytes = std::clamp(left / (2 * team), kLeastItemBytes, kMostItemBytes);
+      const std::int64_t count = std::min(std::max<std::int64_t>(item_bytes / row_bytes, 1), outputs - first);
+      items.push_back({&product, first, count});
+      first += count;
+      left -= count * row_bytes;
     }
   }
   for (std::int64_t first = 0; first < rows; first += kBlockRows) {
     const Activations activations(kernels, x + first * inputs, std::min(kBlockRows, rows - first), inputs);
-    parallel_for(std::ssize(items), bytes < kSmallBytes ? 1 : threads, [&](std::int64_t i, int) {
+    parallel_for(std::ssize(items), team, [&](std::int64_t i, int) {
       const auto& [product, output, outputs] = items[static_cast<std::size_t>(i)];
       BlockRows part = product->weights;
       part.blocks += output * part.row_bytes;

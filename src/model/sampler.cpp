@@ -12,10 +12,11 @@ namespace {
 
 /// Place of the largest number, the first among equals; NaN never wins.
 std::size_t largest(std::span<const float> logits) {
-  std::size_t best = logits.size();
-  for (std::size_t i = 0; i < logits.size(); ++i) {
-    if (!std::isnan(logits[i]) && (best == logits.size() || logits[i] > logits[best])) best = i;
-  }
+  // First how large, then where: both loops go many numbers at a time.
+  float most = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : most)
+  for (std::size_t i = 0; i < logits.size(); ++i) most = logits[i] > most ? logits[i] : most;
+  const auto best = static_cast<std::size_t>(std::find(logits.begin(), logits.end(), most) - logits.begin());
   require(best < logits.size() && std::isfinite(logits[best]),
           "the model's logits are not finite; expected numbers (are the weights damaged?)");
   return best;

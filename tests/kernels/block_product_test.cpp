@@ -62,7 +62,7 @@ std::vector<float> random_floats(std::int64_t count, std::mt19937& random) {
 }
 
 struct Quantised {
-  std::vector<std::int8_t> bytes, paired;
+  std::vector<std::int8_t> bytes, paired, quartered;
   std::vector<float> scales, sums, sums_of_groups;
   ByteActivations view;
 };
@@ -71,15 +71,23 @@ Quantised quantised(const ByteKernels& table, const std::vector<float>& x, std::
   Quantised q;
   q.bytes.resize(static_cast<std::size_t>(rows * padded));
   q.paired.resize(static_cast<std::size_t>(rows * padded));
+  q.quartered.resize(static_cast<std::size_t>(rows * padded));
   q.scales.resize(static_cast<std::size_t>(rows * padded / 32));
   q.sums.resize(static_cast<std::size_t>(rows * padded / 16));
   q.sums_of_groups.resize(static_cast<std::size_t>(rows * padded / 32));
   for (std::int64_t r = 0; r < rows; ++r) {
     table.quantise_activations(x.data() + r * inputs, inputs, q.bytes.data() + r * padded, q.paired.data() + r * padded,
-                               q.scales.data() + r * padded / 32, q.sums.data() + r * padded / 16,
-                               q.sums_of_groups.data() + r * padded / 32);
+                               q.quartered.data() + r * padded, q.scales.data() + r * padded / 32,
+                               q.sums.data() + r * padded / 16, q.sums_of_groups.data() + r * padded / 32);
   }
-  q.view = {rows, padded, q.bytes.data(), q.paired.data(), q.scales.data(), q.sums.data(), q.sums_of_groups.data()};
+  q.view = {rows,
+            padded,
+            q.bytes.data(),
+            q.paired.data(),
+            q.quartered.data(),
+            q.scales.data(),
+            q.sums.data(),
+            q.sums_of_groups.data()};
   return q;
 }
 

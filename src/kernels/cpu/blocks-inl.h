@@ -253,64 +253,94 @@ inline void for_each_row(const BlockRows& weights, float* y, const Dot& dot) {
   }
 }
 
-// Types of 32 numbers with one f16 scale at the start of a block: their codes as unsigned bytes, and what stands for 0.
-
-struct CodesQ80 {
-  static constexpr std::int64_t bytes = BlockQ80::bytes;
-  static constexpr bool wide = true;
-  static constexpr float none = 128;
-  static IntVec load(const std::uint8_t* p) { return flip_signs(load_halves(p + 2, bytes)); }
-};
-struct CodesQ40 {
-  static constexpr std::int64_t bytes = BlockNibbles<false, false>::bytes;
-  static constexpr bool wide = false;
-  static constexpr float none = 8;
-  static IntVec load(const std::uint8_t* p) { return load_nibbles(p + 2, bytes); }
-};
-struct CodesQ50 {
-  static constexpr std::int64_t bytes = BlockNibbles<false, true>::bytes;
-  static constexpr bool wide = false;
-  static constexpr float none = 16;
-  static IntVec load(const std::uint8_t* p) { return add_fifth_bits(load_nibbles(p + 6, bytes), p + 2, bytes); }
-};
-
-template <class Codes>
-inline Vec dot_one_scale(const std::uint8_t* p, std::int64_t blocks, const ByteActivations& x) {
-  constexpr std::int64_t size = Codes::bytes;
-  constexpr int steps = kLanes / kHalves;
-  Vec acc[2]{zero(), zero()};
-  Vec low = zero();
-  // Blocks [first, first + kLanes), of which those before `begin` were multiplied before.
-  const auto lanes = [&](const std::uint8_t* block, std::int64_t first, int begin) __attribute__((always_inline)) {
-    Vec own = collect_half_numbers(block, size);
-    if (begin > 0) own = select(mask_from_bits(~0U << begin), own, zero());
-    const Vec factors = mul(own, load(x.scales + first));
-    low = fma(own, load(x.sums_of_groups + first), low);
-#pragma GCC unroll 8
-    for (int i = 0; i < steps; ++i) {
-      if (i * kHalves < begin) continue;
-      const IntVec codes = Codes::load(block + i * kHalves * size);
-      const IntVec numbers = load_int(reinterpret_cast<const std::int32_t*>(x.bytes + (first + i * kHalves) * 32));
-      const Vec products = to_float(multiply_add_bytes<Codes::wide>(codes, numbers, set1_int(0)));
-      acc[i % 2] = fma(products, spread_two<1>(factors, i * kHalves), acc[i % 2]);
-    }
-  };
+/// dot(block, first, begin) for blocks of 32 numbers, kLanes of them at a time: blocks [first, first + kLanes) of the
+/// row, of which those before `begin` were multiplied before. `begin` is a multiple of 4.
+template <std::int64_t size, class Dot>
+inline void for_each_lanes(const std::uint8_t* p, std::int64_t blocks, const Dot& dot) {
   std::int64_t first = 0;
   for (; first + kLanes <= blocks; first += kLanes) {
     prefetch_ahead(p + first * size, kLanes * size);
-    lanes(p + first * size, first, 0);
+    dot(p + first * size, first, 0);
   }
   const std::int64_t rest = blocks - first;
-  if (rest > 0 && rest % kHalves == 0 && blocks >= kLanes) {
+  if (rest > 0 && rest % 4 == 0 && blocks >= kLanes) {
     // The last vector of blocks reaches back.
     prefetch_ahead(p + first * size, rest * size);
-    lanes(p + (blocks - kLanes) * size, blocks - kLanes, static_cast<int>(kLanes - rest));
+    dot(p + (blocks - kLanes) * size, blocks - kLanes, static_cast<int>(kLanes - rest));
   } else if (rest > 0) {
     std::uint8_t last[kLanes * size]{};
     std::memcpy(last, p + first * size, static_cast<std::size_t>(rest * size));
-    lanes(last, first, 0);
+    dot(last, first, 0);
   }
-  return fma(low, set1(-Codes::none), add(acc[0], acc[1]));
+}
+
+/// f16 numbers of kLanes blocks, 0 before `begin`.
+inline Vec collect_from(const std::uint8_t* p, std::int64_t size, int begin) {
+  const Vec all = collect_half_numbers(p, size);
+  return begin > 0 ? select(mask_from_bits(~0U << begin), all, zero()) : all;
+}
+
+inline Vec dot_q80(const std::uint8_t* p, std::int64_t blocks, const ByteActivations& x) {
+  constexpr std::int64_t size = BlockQ80::bytes;
+  Vec acc[2]{zero(), zero()};
+  Vec low = zero();
+  for_each_lanes<size>(
+      p, blocks, [&](const std::uint8_t* block, std::int64_t first, int begin) __attribute__((always_inline)) {
+        const Vec own = collect_from(block, size, begin);
+        const Vec factors = mul(own, load(x.scales + first));
+        low = fma(own, load(x.sums_of_groups + first), low);
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes; i += kHalves) {
+          if (i < begin) continue;
+          const IntVec codes = flip_signs(load_halves(block + i * size + 2, size));
+          const IntVec numbers = load_int(reinterpret_cast<const std::int32_t*>(x.bytes + (first + i) * 32));
+          const Vec products = to_float(multiply_add_bytes<true>(codes, numbers, set1_int(0)));
+          acc[i / kHalves % 2] = fma(products, spread_two<1>(factors, i), acc[i / kHalves % 2]);
+        }
+      });
+  return fma(low, set1(-128.0F), add(acc[0], acc[1]));
+}
+
+/// Products of nibbles, the low and the high ones of a vector, with the activations of each: one group on four lanes.
+inline Vec multiply_nibbles(IntVec low, IntVec high, const std::int8_t* numbers, const std::int8_t* numbers_of_high) {
+  const IntVec first = load_int(reinterpret_cast<const std::int32_t*>(numbers));
+  const IntVec second = load_int(reinterpret_cast<const std::int32_t*>(numbers_of_high));
+  return to_float(multiply_add_bytes<false>(high, second, multiply_add_bytes<false>(low, first, set1_int(0))));
+}
+
+/// Q4_0, Q4_1, Q5_0, Q5_1.
+template <bool with_minimum, bool fifth>
+inline Vec dot_nibbles(const std::uint8_t* p, std::int64_t blocks, const ByteActivations& x) {
+  constexpr std::int64_t size = BlockNibbles<with_minimum, fifth>::bytes;
+  constexpr int bits_at = with_minimum ? 4 : 2;
+  constexpr int nibbles_at = bits_at + (fifth ? 4 : 0);
+  constexpr int quarters = kLanes / 4;
+  const IntVec low_bits = set1_int(0x0f0f0f0f);
+  Vec acc[2]{zero(), zero()};
+  Vec low = zero();
+  for_each_lanes<size>(
+      p, blocks, [&](const std::uint8_t* block, std::int64_t first, int begin) __attribute__((always_inline)) {
+        const Vec own = collect_from(block, size, begin);
+        const Vec least = with_minimum ? collect_from(block + 2, size, begin) : own;
+        const Vec factors = mul(own, load(x.scales + first));
+        low = fma(least, load(x.sums_of_groups + first), low);
+#pragma GCC unroll 4
+        for (int i = 0; i < kLanes; i += quarters) {
+          if (i < begin) continue;
+          const std::uint8_t* from = block + i * size;
+          const IntVec codes = load_quarters(from + nibbles_at, size);
+          IntVec even = bits_and(codes, low_bits);
+          IntVec odd = bits_and(shift_right<4>(codes), low_bits);
+          if constexpr (fifth) {
+            even = add_fifth_bits(even, from + bits_at, size);
+            odd = add_fifth_bits(odd, from + bits_at + 2, size);
+          }
+          const std::int8_t* numbers = x.quartered + (first + i) / 4 * 128 + (first + i) % 4 * 16;
+          const Vec products = multiply_nibbles(even, odd, numbers, numbers + 64);
+          acc[i / quarters % 2] = fma(products, spread_fours<1>(factors, i), acc[i / quarters % 2]);
+        }
+      });
+  return fma(low, set1(with_minimum ? 1.0F : fifth ? -16.0F : -8.0F), add(acc[0], acc[1]));
 }
 
 /// Q4_K, and Q5_K where there is a fifth bit.
@@ -325,32 +355,110 @@ inline Vec dot_q45_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiv
     prefetch_ahead(p, size);
     const GroupFactors factors = weigh_groups(p, x.scales + first / 32, x.sums_of_groups + first / 32);
     low = add_minima(low, factors);
-    // Groups 2j and 2j + 1; with 16 lanes also 2j + 2 and 2j + 3 on the second half.
-    const auto groups = [&](auto pair) __attribute__((always_inline)) {
-      constexpr int j = pair();
-      const IntVec codes = load_int(reinterpret_cast<const std::int32_t*>(p + (fifth ? 48 : 16) + j * 32));
-      IntVec even_codes = bits_and(codes, low_bits);
-      IntVec odd_codes = bits_and(shift_right<4>(codes), low_bits);
-      if constexpr (fifth) {
-        const IntVec bits = load_halves(p + 16, 0);
-        even_codes = bits_or(even_codes, bits_and(shift_halves<4 - 2 * j, 2 - 2 * j>(bits), fifth_bit));
-        odd_codes = bits_or(odd_codes, bits_and(shift_halves<3 - 2 * j, 1 - 2 * j>(bits), fifth_bit));
-      }
-      const std::int8_t* numbers = x.paired + first + j / 2 * 128 + j % 2 * 32;
-      const IntVec none = set1_int(0);
-      const IntVec even =
-          multiply_add_bytes<false>(even_codes, load_int(reinterpret_cast<const std::int32_t*>(numbers)), none);
-      const IntVec odd =
-          multiply_add_bytes<false>(odd_codes, load_int(reinterpret_cast<const std::int32_t*>(numbers + 64)), none);
-      acc[0] = fma(to_float(even), spread_two<2>(factors.scales, 2 * j), acc[0]);
-      acc[1] = fma(to_float(odd), spread_two<2>(factors.scales, 2 * j + 1), acc[1]);
+    // A quarter is half a group: even groups lie in low nibbles, odd ones in high nibbles.
+    const auto multiply = [&](auto vector) __attribute__((always_inline)) {
+      constexpr int v = vector();
+      const auto* codes = reinterpret_cast<const std::int32_t*>(p + (fifth ? 48 : 16) + v * 64);
+      const IntVec one = load_int(codes);
+      const IntVec two = load_int(codes + kLanes);
+      const std::int8_t* numbers = x.paired + first + v * 32;
+      const auto half = [&](IntVec own, auto which, auto odd) __attribute__((always_inline)) {
+        IntVec nibbles = own;
+        if constexpr (odd()) nibbles = shift_right<4>(own);
+        nibbles = bits_and(nibbles, low_bits);
+        if constexpr (fifth) {
+          const IntVec bits = load_quarters(p + 16 + which() * 16, 0);
+          nibbles = bits_or(nibbles, bits_and(shift_quarters<4 - 4 * v - odd()>(bits), fifth_bit));
+        }
+        return nibbles;
+      };
+      constexpr std::integral_constant<int, 0> none;
+      constexpr std::integral_constant<int, 1> other;
+      const IntVec a = even_quarters(one, two);
+      const IntVec b = odd_quarters(one, two);
+      acc[0] = fma(multiply_nibbles(half(a, none, none), half(b, other, none), numbers, numbers + 64),
+                   spread_fours<2>(factors.scales, 4 * v), acc[0]);
+      acc[1] = fma(multiply_nibbles(half(a, none, other), half(b, other, other), numbers + 128, numbers + 192),
+                   spread_fours<2>(factors.scales, 4 * v + 1), acc[1]);
     };
-    groups(std::integral_constant<int, 0>{});
-    if constexpr (kHalves == 1) groups(std::integral_constant<int, 1>{});
-    groups(std::integral_constant<int, 2>{});
-    if constexpr (kHalves == 1) groups(std::integral_constant<int, 3>{});
+    multiply(std::integral_constant<int, 0>{});
+    if constexpr (kHalves == 1) multiply(std::integral_constant<int, 1>{});
   }
   return sub(add(acc[0], acc[1]), low);
+}
+
+/// Bytes 0 to 15 of the scales of a Q3_K block, 32 too large.
+inline void spread_signed_factors(const std::uint8_t* p, std::uint8_t* factors) {
+  std::uint32_t words[3];
+  std::memcpy(words, p, 12);
+  std::uint32_t packed[4];
+  for (std::uint32_t i = 0; i < 4; ++i) {
+    packed[i] = (words[i % 2] >> i / 2 * 4 & 0x0f0f0f0fU) | (words[2] >> i * 2 & 0x03030303U) << 4;
+  }
+  std::memcpy(factors, packed, 16);
+}
+
+/// Q2_K, and Q3_K where there is a third bit.
+template <bool third>
+inline Vec dot_q23_k(const std::uint8_t* p, std::int64_t inputs, const ByteActivations& x) {
+  constexpr std::int64_t size = third ? BlockQ3K::bytes : BlockQ2K::bytes;
+  constexpr int vectors = 16 / kLanes;  // of the 16 scales of a block
+  Vec acc[2]{zero(), zero()};
+  Vec low = zero();
+  const IntVec two_bits = set1_int(0x03030303);
+  const IntVec third_bit = set1_int(0x04040404);
+  for (std::int64_t first = 0; first < inputs; first += 256, p += size) {
+    prefetch_ahead(p, size);
+    std::uint8_t scales[16];
+    std::uint8_t minima[16];
+    if constexpr (third) {
+      spread_signed_factors(p + 96, scales);
+    } else {
+      std::uint64_t words[2];
+      std::memcpy(words, p, 16);
+      for (int i = 0; i < 2; ++i) {
+        const std::uint64_t nibbles[2]{words[i] & 0x0f0f0f0f0f0f0f0fU, words[i] >> 4 & 0x0f0f0f0f0f0f0f0fU};
+        std::memcpy(scales + i * 8, nibbles, 8);
+        std::memcpy(minima + i * 8, nibbles + 1, 8);
+      }
+    }
+    const Vec scale = set_half_number(p + (third ? 108 : 80));
+    Vec factors[vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      Vec own = load_signed_bytes(scales + v * kLanes);
+      if constexpr (third) own = sub(own, set1(32.0F));
+      own = mul(own, scale);
+      Vec least = own;
+      if constexpr (!third) least = mul(load_signed_bytes(minima + v * kLanes), set_half_number(p + 82));
+      low = fma(least, load(x.sums + first / 16 + v * kLanes), low);
+      factors[v] = mul(own, load_twice(x.scales + first / 32 + v * kLanes / 2));
+    }
+    // 32 numbers of one half of the block, and with 16 lanes the 32 behind them.
+    const auto multiply = [&](auto half, auto part) __attribute__((always_inline)) {
+      constexpr int k = part();
+      IntVec codes = load_halves(p + (third ? 32 : 16) + half() * 32, 0);
+      codes = bits_and(shift_halves<-2 * k, -2 * k - 2>(codes), two_bits);
+      if constexpr (third) {
+        constexpr int left = 2 - half() * 4 - k;
+        codes = bits_or(codes, bits_and(shift_halves<left, left - 1>(load_halves(p, 0)), third_bit));
+      }
+      constexpr int at = half() * 128 + k * 32;
+      const IntVec numbers = load_int(reinterpret_cast<const std::int32_t*>(x.bytes + first + at));
+      const Vec products = to_float(multiply_add_bytes<false>(codes, numbers, set1_int(0)));
+      constexpr int chain = k / kHalves % 2;
+      acc[chain] = fma(products, spread_fours<1>(factors[at / 16 / kLanes], at / 16 % kLanes), acc[chain]);
+    };
+    const auto multiply_half = [&](auto half) __attribute__((always_inline)) {
+      multiply(half, std::integral_constant<int, 0>{});
+      if constexpr (kHalves == 1) multiply(half, std::integral_constant<int, 1>{});
+      multiply(half, std::integral_constant<int, 2>{});
+      if constexpr (kHalves == 1) multiply(half, std::integral_constant<int, 3>{});
+    };
+    multiply_half(std::integral_constant<int, 0>{});
+    multiply_half(std::integral_constant<int, 1>{});
+  }
+  return fma(low, set1(third ? -4.0F : -1.0F), add(acc[0], acc[1]));
 }
 
 inline Vec dot_q6_k(const std::uint8_t* p, std::int64_t inputs, const ByteActivations& x) {
@@ -375,7 +483,7 @@ inline Vec dot_q6_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiva
       const IntVec numbers = load_int(reinterpret_cast<const std::int32_t*>(x.bytes + first + at));
       const Vec products = to_float(multiply_add_bytes<false>(codes, numbers, set1_int(0)));
       const int group = at / 16;
-      acc[chain] = fma(products, spread_fours(factors[group / kLanes], group % kLanes), acc[chain]);
+      acc[chain] = fma(products, spread_fours<1>(factors[group / kLanes], group % kLanes), acc[chain]);
     };
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -401,30 +509,30 @@ inline Vec dot_q6_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiva
   return fma(low, set1(-32.0F), add(acc[0], acc[1]));
 }
 
-/// Whether there is such a product for the type; then y is written.
-inline bool multiply_one_row(const BlockRows& weights, const ByteActivations& x, float* y) {
+/// y[o] for one row of activations.
+inline void multiply_one_row(const BlockRows& weights, const ByteActivations& x, float* y) {
   const std::int64_t inputs = weights.inputs;
   switch (weights.type) {
     case GgmlType::q8_0:
-      for_each_row(weights, y, [&](const auto* p) { return dot_one_scale<CodesQ80>(p, inputs / 32, x); });
-      return true;
+      return for_each_row(weights, y, [&](const auto* p) { return dot_q80(p, inputs / 32, x); });
     case GgmlType::q4_0:
-      for_each_row(weights, y, [&](const auto* p) { return dot_one_scale<CodesQ40>(p, inputs / 32, x); });
-      return true;
+      return for_each_row(weights, y, [&](const auto* p) { return dot_nibbles<false, false>(p, inputs / 32, x); });
+    case GgmlType::q4_1:
+      return for_each_row(weights, y, [&](const auto* p) { return dot_nibbles<true, false>(p, inputs / 32, x); });
     case GgmlType::q5_0:
-      for_each_row(weights, y, [&](const auto* p) { return dot_one_scale<CodesQ50>(p, inputs / 32, x); });
-      return true;
+      return for_each_row(weights, y, [&](const auto* p) { return dot_nibbles<false, true>(p, inputs / 32, x); });
+    case GgmlType::q5_1:
+      return for_each_row(weights, y, [&](const auto* p) { return dot_nibbles<true, true>(p, inputs / 32, x); });
+    case GgmlType::q2_k:
+      return for_each_row(weights, y, [&](const auto* p) { return dot_q23_k<false>(p, inputs, x); });
+    case GgmlType::q3_k:
+      return for_each_row(weights, y, [&](const auto* p) { return dot_q23_k<true>(p, inputs, x); });
     case GgmlType::q4_k:
-      for_each_row(weights, y, [&](const auto* p) { return dot_q45_k<false>(p, inputs, x); });
-      return true;
+      return for_each_row(weights, y, [&](const auto* p) { return dot_q45_k<false>(p, inputs, x); });
     case GgmlType::q5_k:
-      for_each_row(weights, y, [&](const auto* p) { return dot_q45_k<true>(p, inputs, x); });
-      return true;
-    case GgmlType::q6_k:
-      for_each_row(weights, y, [&](const auto* p) { return dot_q6_k(p, inputs, x); });
-      return true;
+      return for_each_row(weights, y, [&](const auto* p) { return dot_q45_k<true>(p, inputs, x); });
     default:
-      return false;
+      return for_each_row(weights, y, [&](const auto* p) { return dot_q6_k(p, inputs, x); });
   }
 }
 
@@ -456,7 +564,7 @@ inline void with_block(GgmlType type, const Body& body) {
 }
 
 inline void multiply_blocks(const BlockRows& weights, const ByteActivations& x, float* y, std::int64_t y_stride) {
-  if (x.rows == 1 && multiply_one_row(weights, x, y)) return;
+  if (x.rows == 1) return multiply_one_row(weights, x, y);
   with_block(weights.type, [&](auto block) { multiply_rows<decltype(block)>(weights, x, y, y_stride); });
 }
 
@@ -485,27 +593,31 @@ inline void widen_blocks(GgmlType type, const std::byte* blocks, std::int64_t nu
 
 /// What ByteActivations holds of `count` numbers, a multiple of 32.
 inline void quantise_activations(const float* x, std::int64_t count, std::int8_t* bytes, std::int8_t* paired,
-                                 float* scales, float* sums, float* sums_of_groups) {
+                                 std::int8_t* quartered, float* scales, float* sums, float* sums_of_groups) {
+  constexpr int vectors = 16 / kLanes;  // of half a group
   for (std::int64_t at = 0; at < count; at += kActivationGroup) {
     const float largest = largest_magnitude(x + at, kActivationGroup);
     const bool finite = largest <= std::numeric_limits<float>::max();
     const float scale = finite ? largest / 127.0F : std::numeric_limits<float>::quiet_NaN();
+    const bool any = finite && scale > 0;
+    const Vec divisor = set1(scale);
     scales[at / kActivationGroup] = scale;
-    alignas(64) float divisors[kActivationGroup];
-    alignas(64) float numbers[kActivationGroup];
-    for (int i = 0; i < kActivationGroup; ++i) {
-      divisors[i] = finite && scale > 0 ? scale : 1.0F;
-      numbers[i] = finite && scale > 0 ? x[at + i] : 0.0F;
-    }
-    to_bytes(numbers, divisors, kActivationGroup, 0, reinterpret_cast<std::uint8_t*>(bytes + at));
     for (int half = 0; half < 2; ++half) {
-      int sum = 0;
-      for (int i = 0; i < 16; ++i) sum += bytes[at + half * 16 + i];
-      sums[at / 16 + half] = scale * static_cast<float>(sum);
+      Vec sum = zero();
+      for (int v = 0; v < vectors; ++v) {
+        const std::int64_t from = at + half * 16 + v * kLanes;
+        const IntVec rounded = any ? round_to_int(div(load(x + from), divisor)) : set1_int(0);
+        store_low_bytes(reinterpret_cast<std::uint8_t*>(bytes + from), rounded);
+        sum = add(sum, to_float(rounded));
+      }
+      sums[at / 16 + half] = scale * reduce_add(sum);
     }
     sums_of_groups[at / 32] = sums[at / 16] + sums[at / 16 + 1];
-    const std::int64_t group = at / kActivationGroup % 4;
-    const std::int64_t place = group % 3 == 0 ? group : 3 - group;
-    std::memcpy(paired + at + (place - group) * kActivationGroup, bytes + at, kActivationGroup);
+    for (int half = 0; half < 2; ++half) {
+      const std::int64_t group = at / kActivationGroup;
+      std::memcpy(paired + at / 256 * 256 + group % 2 * 128 + half * 64 + group % 8 / 2 * 16, bytes + at + half * 16,
+                  16);
+      std::memcpy(quartered + at / 128 * 128 + half * 64 + group % 4 * 16, bytes + at + half * 16, 16);
+    }
   }
 }

@@ -19,9 +19,13 @@ constexpr std::int64_t kBlockRows = 8;
 /// that holds NaN or Inf has the scale NaN.
 struct ByteActivations {
   std::int64_t rows;
-  std::int64_t padded;          ///< numbers of a row, a multiple of kBlockChunk
-  const std::int8_t* bytes;     ///< [rows][padded]
-  const std::int8_t* paired;    ///< [rows][padded] the same, groups 0, 2, 1, 3 of every four: as K types pair nibbles
+  std::int64_t padded;       ///< numbers of a row, a multiple of kBlockChunk
+  const std::int8_t* bytes;  ///< [rows][padded]
+  /// [rows][padded] the same as K types pair nibbles: of every eight groups the first halves of groups 0, 2, 4 and 6,
+  /// their second halves, and so those of groups 1, 3, 5 and 7.
+  const std::int8_t* paired;
+  /// [rows][padded] the same: of every four groups the first halves, then the second ones.
+  const std::int8_t* quartered;
   const float* scales;          ///< [rows][padded / 32]
   const float* sums;            ///< [rows][padded / 16] of the numbers that the bytes stand for
   const float* sums_of_groups;  ///< [rows][padded / 32] the same

@@ -11,13 +11,18 @@ inline float largest_magnitude(const float* x, std::int64_t count) {
   return reduce_add(difference) == 0 ? reduce_max(largest) : std::numeric_limits<float>::quiet_NaN();
 }
 
+/// To the nearest, halves away from 0.
+inline IntVec round_to_int(Vec x) {
+  const IntVec up = to_int(at_least(zero(), add(x, set1(0.5F))));
+  const IntVec down = to_int(at_least(zero(), sub(set1(0.5F), x)));
+  return sub_int(up, down);
+}
+
 inline void to_bytes(const float* x, const float* scales, std::int64_t count, std::int32_t shift, std::uint8_t* bytes) {
   const IntVec shifted = set1_int(shift);
   for (std::int64_t i = 0; i < count; i += kLanes) {
     const Vec level = div(load(x + i), load(scales + i));
-    const IntVec up = to_int(at_least(zero(), add(level, set1(0.5F))));
-    const IntVec down = to_int(at_least(zero(), sub(set1(0.5F), level)));
-    store_low_bytes(bytes + i, add_int(sub_int(up, down), shifted));
+    store_low_bytes(bytes + i, add_int(round_to_int(level), shifted));
   }
 }
 

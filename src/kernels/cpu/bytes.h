@@ -67,7 +67,7 @@ struct ByteKernels {
                  const ByteScratch& scratch);
   /// What ByteActivations holds of `count` activations, a multiple of 32.
   void (*quantise_activations)(const float* x, std::int64_t count, std::int8_t* bytes, std::int8_t* paired,
-                               float* scales, float* sums, float* sums_of_groups);
+                               std::int8_t* quartered, float* scales, float* sums, float* sums_of_groups);
   /// y[r * y_stride + o] for at most kBlockRows rows of activations.
   void (*multiply_blocks)(const BlockRows& weights, const ByteActivations& x, float* y, std::int64_t y_stride);
   /// Whole blocks of quantised types as floats, up to rounding what dequantise() gives.

@@ -31,23 +31,40 @@ inline IntVec load_halves(const void* p, std::int64_t stride) {
   const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + stride));
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
-/// Nibbles of the 16 bytes at p, the low ones first, as 32 bytes on the first half of the lanes; of those `stride`
-/// later on the second, where there are 16 lanes.
-inline IntVec load_nibbles(const std::uint8_t* p, std::int64_t stride) {
-  const __m256i first = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i second = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + stride)));
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
-  const __m512i shifts = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 0, 0, 0, 0, 4, 4, 4, 4);
-  return _mm512_and_si512(_mm512_srlv_epi32(both, shifts), _mm512_set1_epi8(15));
+/// 16 bytes on every four lanes: those at p, those `stride` bytes later, and so on.
+inline IntVec load_quarters(const std::uint8_t* p, std::int64_t stride) {
+  const auto quarter = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * stride)); };
+  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(quarter(0)), quarter(1), 1);
+  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(quarter(2)), quarter(3), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
-/// 16 more in the bytes whose bits are set in the words at p, and `stride` later for the second half of 16 lanes.
+/// Quarters 0 and 2 of a, then those of b; with 8 lanes, which have two quarters, 0 of a and 0 of b.
+inline IntVec even_quarters(IntVec a, IntVec b) {
+  return _mm512_shuffle_i32x4(a, b, 0x88);
+}
+/// The others.
+inline IntVec odd_quarters(IntVec a, IntVec b) {
+  return _mm512_shuffle_i32x4(a, b, 0xdd);
+}
+/// 16 more in the bytes whose bits are set in the 16-bit words at p, `stride` bytes later and so on, one per quarter.
 inline IntVec add_fifth_bits(IntVec codes, const std::uint8_t* p, std::int64_t stride) {
-  std::uint32_t first;
-  std::uint32_t second;
-  std::memcpy(&first, p, 4);
-  std::memcpy(&second, p + stride, 4);
-  const std::uint64_t bits = static_cast<std::uint64_t>(second) << 32 | first;
+  std::uint64_t bits = 0;
+  for (int i = 0; i < 4; ++i) {
+    std::uint16_t own;
+    std::memcpy(&own, p + i * stride, 2);
+    bits |= static_cast<std::uint64_t>(own) << 16 * i;
+  }
   return _mm512_mask_add_epi8(codes, bits, codes, _mm512_set1_epi8(16));
+}
+/// Words of quarter k shifted to the left by first - 2 * k bits, to the right where that is negative. Only bits that
+/// stay within their byte are defined.
+template <int first>
+inline IntVec shift_quarters(IntVec x) {
+  constexpr int a = first & 31;
+  constexpr int b = (first - 2) & 31;
+  constexpr int c = (first - 4) & 31;
+  constexpr int d = (first - 6) & 31;
+  return _mm512_rolv_epi32(x, _mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d));
 }
 /// Words shifted to the left by `first` bits, those of the second half of 16 lanes by `second`; to the right where that
 /// is negative. Only bits that stay within their byte are defined.
@@ -85,9 +102,13 @@ inline Vec set_half_number(const std::uint8_t* p) {
   std::memcpy(&bits, p, 2);
   return _mm512_cvtph_ps(_mm256_set1_epi16(bits));
 }
-/// Numbers first, first + 1, ... of v on four lanes each.
+/// Numbers first, first + apart, ... of v on four lanes each.
+template <int apart>
 inline Vec spread_fours(Vec v, int first) {
-  const __m512i from = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  constexpr int b = apart;
+  constexpr int c = 2 * apart;
+  constexpr int d = 3 * apart;
+  const __m512i from = _mm512_setr_epi32(0, 0, 0, 0, b, b, b, b, c, c, c, c, d, d, d, d);
   return _mm512_permutexvar_ps(_mm512_add_epi32(from, _mm512_set1_epi32(first)), v);
 }
 /// The f16 number at p on the first half of the lanes, that `stride` bytes later on the second, where there are 16
@@ -188,19 +209,38 @@ inline float half_to_float(std::uint16_t bits) {
 inline IntVec load_halves(const void* p, std::int64_t) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
-inline IntVec load_nibbles(const std::uint8_t* p, std::int64_t) {
-  const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i shifts = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
-  return _mm256_and_si256(_mm256_srlv_epi32(both, shifts), _mm256_set1_epi8(15));
+inline IntVec load_quarters(const std::uint8_t* p, std::int64_t stride) {
+  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + stride));
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
 }
-inline IntVec add_fifth_bits(IntVec codes, const std::uint8_t* p, std::int64_t) {
-  std::int32_t bits;
-  std::memcpy(&bits, p, 4);
+inline IntVec even_quarters(IntVec a, IntVec b) {
+  return _mm256_permute2x128_si256(a, b, 0x20);
+}
+inline IntVec odd_quarters(IntVec a, IntVec b) {
+  return _mm256_permute2x128_si256(a, b, 0x31);
+}
+inline IntVec add_fifth_bits(IntVec codes, const std::uint8_t* p, std::int64_t stride) {
+  std::uint16_t words[2];
+  std::memcpy(words, p, 2);
+  std::memcpy(words + 1, p + stride, 2);
+  const int bits = static_cast<int>(words[0] | static_cast<std::uint32_t>(words[1]) << 16);
   // Byte i of the lanes is byte i / 8 of the bits; bit i % 8 of it decides.
   const __m256i from = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   const __m256i own = _mm256_set1_epi64x(static_cast<std::int64_t>(0x8040201008040201U));
   const __m256i bytes = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), from), own);
   return _mm256_or_si256(codes, _mm256_and_si256(_mm256_cmpeq_epi8(bytes, own), _mm256_set1_epi8(16)));
+}
+template <int first>
+inline IntVec shift_quarters(IntVec x) {
+  if constexpr (first >= 2) {
+    return _mm256_sllv_epi32(x,
+                             _mm256_setr_epi32(first, first, first, first, first - 2, first - 2, first - 2, first - 2));
+  } else {
+    static_assert(first <= 0);
+    constexpr int a = -first;
+    return _mm256_srlv_epi32(x, _mm256_setr_epi32(a, a, a, a, a + 2, a + 2, a + 2, a + 2));
+  }
 }
 template <int first, int second>
 inline IntVec shift_halves(IntVec x) {
@@ -225,8 +265,9 @@ inline Vec load_twice(const float* p) {
 inline Vec set_half_number(const std::uint8_t* p) {
   return set1(half_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8)));
 }
+template <int apart>
 inline Vec spread_fours(Vec v, int first) {
-  const __m256i from = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  const __m256i from = _mm256_setr_epi32(0, 0, 0, 0, apart, apart, apart, apart);
   return _mm256_permutevar8x32_ps(v, _mm256_add_epi32(from, _mm256_set1_epi32(first)));
 }
 inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t) {
@@ -306,19 +347,30 @@ inline IntVec load_halves(const void* p, std::int64_t) {
   const auto* bytes = static_cast<const std::uint8_t*>(p);
   return {vreinterpretq_s32_u8(vld1q_u8(bytes)), vreinterpretq_s32_u8(vld1q_u8(bytes + 16))};
 }
-inline IntVec load_nibbles(const std::uint8_t* p, std::int64_t) {
-  const uint8x16_t both = vld1q_u8(p);
-  return {vreinterpretq_s32_u8(vandq_u8(both, vdupq_n_u8(15))), vreinterpretq_s32_u8(vshrq_n_u8(both, 4))};
+inline IntVec load_quarters(const std::uint8_t* p, std::int64_t stride) {
+  return {vreinterpretq_s32_u8(vld1q_u8(p)), vreinterpretq_s32_u8(vld1q_u8(p + stride))};
 }
-inline IntVec add_fifth_bits(IntVec codes, const std::uint8_t* p, std::int64_t) {
-  // Byte i of the codes belongs to bit i % 8 of byte i / 8 at p.
+inline IntVec even_quarters(IntVec a, IntVec b) {
+  return {a.low, b.low};
+}
+inline IntVec odd_quarters(IntVec a, IntVec b) {
+  return {a.high, b.high};
+}
+inline IntVec add_fifth_bits(IntVec codes, const std::uint8_t* p, std::int64_t stride) {
+  // Byte i of a quarter belongs to bit i % 8 of byte i / 8 of its word.
   const uint8x8_t eight = vcreate_u8(0x8040201008040201U);
   const uint8x16_t own = vcombine_u8(eight, eight);
   const auto fifth = [&](const std::uint8_t* two) {
     const uint8x16_t bits = vtstq_u8(vcombine_u8(vdup_n_u8(two[0]), vdup_n_u8(two[1])), own);
     return vreinterpretq_s32_u8(vandq_u8(bits, vdupq_n_u8(16)));
   };
-  return {vorrq_s32(codes.low, fifth(p)), vorrq_s32(codes.high, fifth(p + 2))};
+  return {vorrq_s32(codes.low, fifth(p)), vorrq_s32(codes.high, fifth(p + stride))};
+}
+template <int first>
+inline IntVec shift_quarters(IntVec x) {
+  // Negative: to the right.
+  return {vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(x.low), vdupq_n_s32(first))),
+          vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(x.high), vdupq_n_s32(first - 2)))};
 }
 template <int first, int second>
 inline IntVec shift_halves(IntVec x) {
@@ -343,10 +395,11 @@ inline Vec load_twice(const float* p) {
 inline Vec set_half_number(const std::uint8_t* p) {
   return set1(half_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8)));
 }
+template <int apart>
 inline Vec spread_fours(Vec v, int first) {
   float numbers[kLanes];
   store(numbers, v);
-  return {vdupq_n_f32(numbers[first]), vdupq_n_f32(numbers[first + 1])};
+  return {vdupq_n_f32(numbers[first]), vdupq_n_f32(numbers[first + apart])};
 }
 inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t) {
   return set1(half_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8)));
@@ -415,20 +468,34 @@ inline float half_to_float(std::uint16_t bits) {
 inline IntVec load_halves(const void* p, std::int64_t) {
   return load_int(static_cast<const std::int32_t*>(p));
 }
-inline IntVec load_nibbles(const std::uint8_t* p, std::int64_t) {
-  std::uint8_t codes[32];
-  for (int i = 0; i < 16; ++i) {
-    codes[i] = p[i] & 15;
-    codes[16 + i] = static_cast<std::uint8_t>(p[i] >> 4);
-  }
-  return load_int(reinterpret_cast<const std::int32_t*>(codes));
+inline IntVec load_quarters(const std::uint8_t* p, std::int64_t stride) {
+  IntVec out;
+  std::memcpy(&out, p, 16);
+  std::memcpy(reinterpret_cast<std::uint8_t*>(&out) + 16, p + stride, 16);
+  return out;
 }
-inline IntVec add_fifth_bits(IntVec codes, const std::uint8_t* p, std::int64_t) {
-  std::uint32_t bits;
-  std::memcpy(&bits, p, 4);
+inline IntVec even_quarters(IntVec a, IntVec b) {
+  return IntVec{a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]};
+}
+inline IntVec odd_quarters(IntVec a, IntVec b) {
+  return IntVec{a[4], a[5], a[6], a[7], b[4], b[5], b[6], b[7]};
+}
+inline IntVec add_fifth_bits(IntVec codes, const std::uint8_t* p, std::int64_t stride) {
   std::uint8_t fifth[32];
-  for (std::uint32_t i = 0; i < 32; ++i) fifth[i] = static_cast<std::uint8_t>((bits >> i & 1) << 4);
+  for (int i = 0; i < 32; ++i) {
+    fifth[i] = static_cast<std::uint8_t>((p[i / 16 * stride + i % 16 / 8] >> i % 8 & 1) << 4);
+  }
   return codes | load_int(reinterpret_cast<const std::int32_t*>(fifth));
+}
+template <int first>
+inline IntVec shift_quarters(IntVec x) {
+  IntVec out{};
+  for (int i = 0; i < kLanes; ++i) {
+    const int left = first - i / 4 * 2;
+    const auto word = static_cast<std::uint32_t>(x[i]);
+    out[i] = static_cast<std::int32_t>(left >= 0 ? word << left : word >> -left);
+  }
+  return out;
 }
 template <int first, int second>
 inline IntVec shift_halves(IntVec x) {
@@ -452,9 +519,10 @@ inline Vec load_twice(const float* p) {
 inline Vec set_half_number(const std::uint8_t* p) {
   return set1(half_to_float(static_cast<std::uint16_t>(p[0] | p[1] << 8)));
 }
+template <int apart>
 inline Vec spread_fours(Vec v, int first) {
   Vec out{};
-  for (int i = 0; i < kLanes; ++i) out[i] = v[first + i / 4];
+  for (int i = 0; i < kLanes; ++i) out[i] = v[first + i / 4 * apart];
   return out;
 }
 inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t) {
