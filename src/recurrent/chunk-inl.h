@@ -39,12 +39,20 @@ inline float normalise_row(float* row, std::int64_t columns, float scale) {
   return factor;
 }
 
-inline void load_queries_and_keys(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk) {
+inline void load_queries_and_keys(const ChunkShape& shape, const HeadJob& job, Purpose purpose, const Chunk& chunk) {
   const std::int64_t padded = (chunk.rows + 15) / 16 * 16;
+  const auto ahead = [&](const Rows& rows, std::int64_t t, std::int64_t count) {
+    const auto bytes = shape.head_dim * static_cast<std::int64_t>(size_of(rows.dtype));
+    prefetch_to_read(rows.row(std::clamp<std::int64_t>(t + kRowsAhead, 0, count - 1)), bytes);
+  };
   for (std::int64_t i = 0; i < padded; ++i) {
     float* q = chunk.q + i * shape.key_stride;
     float* k = chunk.k + i * shape.key_stride;
-    if (i >= chunk.first_query && i < chunk.rows) {
+    if (purpose != Purpose::states && job.queries > 0) ahead(job.q, chunk.first + i - job.first_query(), job.queries);
+    ahead(job.k, chunk.first + i, job.tokens);
+    if (purpose == Purpose::states) {
+      // q is not read
+    } else if (i >= chunk.first_query && i < chunk.rows) {
       load_row(job.q.row(chunk.first + i - job.first_query()), job.q.dtype, shape.head_dim, shape.key_columns,
                shape.normalise ? 1.0F : shape.scale, q);
       if (shape.normalise) chunk.q_length[i] = normalise_row(q, shape.key_columns, shape.scale);
@@ -69,8 +77,8 @@ inline void clear_above(float* matrix, std::int64_t stride, std::int64_t rows, b
   }
 }
 
-/// One decay per token: plain products, then the decays as a mask.
-inline void prepare_scalar(const ChunkShape& shape, bool for_gradient, Chunk& chunk, Scratch& scratch) {
+/// A and P of one decay per token: plain products, then the decays as a mask.
+inline void pair_scalar(const ChunkShape& shape, bool scores, bool overlap, Chunk& chunk, Scratch& scratch) {
   const std::int64_t rows = chunk.rows;
   const std::int64_t padded = (rows + 15) / 16 * 16;
   const std::int64_t ld = shape.key_stride;
@@ -97,26 +105,36 @@ inline void prepare_scalar(const ChunkShape& shape, bool for_gradient, Chunk& ch
       if (columns < padded) fill_zero(row + columns, padded - columns);
     }
   };
-  if (chunk.first_query < rows) masked(chunk.q, chunk.scores);
-  if (shape.delta) {
+  if (scores) masked(chunk.q, chunk.scores);
+  if (overlap) {
     masked(chunk.k, chunk.overlap);
     clear_above(chunk.overlap, ldp, rows, false);
   }
+}
+
+/// One decay per token.
+inline void prepare_scalar(const ChunkShape& shape, Purpose purpose, Chunk& chunk, Scratch& scratch) {
+  const std::int64_t rows = chunk.rows;
+  const std::int64_t ld = shape.key_stride;
+  const bool scores = purpose != Purpose::states && chunk.first_query < rows;
+  const bool overlap = purpose != Purpose::gradient && shape.delta;
+  if (scores || overlap || purpose == Purpose::gradient) pair_scalar(shape, scores, overlap, chunk, scratch);
 
   float reach = 1;
   for (std::int64_t i = 0; i < rows; ++i) {
     reach *= chunk.factor[i];
-    scale_row(chunk.q + i * ld, reach, shape.key_columns, chunk.q_start + i * ld);
+    if (scores) scale_row(chunk.q + i * ld, reach, shape.key_columns, chunk.q_start + i * ld);
     if (shape.delta) scale_row(chunk.k + i * ld, reach, shape.key_columns, chunk.k_start + i * ld);
-    if (for_gradient)
-      each_vector(shape.key_columns, [&](std::int64_t c) { store(chunk.start + i * ld + c, set1(reach)); });
+    if (purpose == Purpose::gradient) chunk.start[i] = reach;
   }
   each_vector(shape.key_columns, [&](std::int64_t c) { store(chunk.total + c, set1(reach)); });
   reach = 1;
   for (std::int64_t i = rows - 1; i >= 0; --i) {
-    scale_row(chunk.k + i * ld, reach, shape.key_columns, chunk.k_end + i * ld);
-    if (for_gradient)
-      each_vector(shape.key_columns, [&](std::int64_t c) { store(chunk.end + i * ld + c, set1(reach)); });
+    if (purpose == Purpose::gradient) {
+      chunk.end[i] = reach;
+    } else {
+      scale_row(chunk.k + i * ld, reach, shape.key_columns, chunk.k_end + i * ld);
+    }
     reach *= chunk.factor[i];
   }
 }
@@ -135,7 +153,7 @@ inline bool within_range(const ChunkShape& shape, const Chunk& chunk, std::int64
 
 /// Diagonal block by one product around its middle row: the factors of rows before it are above 1, up to e^40.
 inline void diagonal_by_product(const ChunkShape& shape, Chunk& chunk, std::int64_t begin, std::int64_t count,
-                                bool queries, Scratch& scratch) {
+                                bool scores, bool overlap, Scratch& scratch) {
   const std::int64_t ld = shape.key_stride;
   const std::int64_t middle = std::min<std::int64_t>(kSubChunk / 2, count - 1);
   alignas(64) float reach[1024];
@@ -148,8 +166,8 @@ inline void diagonal_by_product(const ChunkShape& shape, Chunk& chunk, std::int6
       // row.
       const Vec up = i < middle ? div(set1(1.0F), forward) : forward;
       const Vec down = i < middle ? forward : div(set1(1.0F), forward);
-      if (queries) store(scratch.left + i * ld + c, mul(load(chunk.q + row + c), up));
-      if (shape.delta) store(scratch.left + (kSubChunk + i) * ld + c, mul(k, up));
+      if (scores) store(scratch.left + i * ld + c, mul(load(chunk.q + row + c), up));
+      if (overlap) store(scratch.left + (kSubChunk + i) * ld + c, mul(k, up));
       store(scratch.keys + i * ld + c, mul(k, down));
     });
   };
@@ -168,11 +186,11 @@ inline void diagonal_by_product(const ChunkShape& shape, Chunk& chunk, std::int6
   transpose_to_panels(scratch.keys, ld, kSubChunk, shape.key_columns, panel);
   const RightMatrix right{panel, 16, 0};
   const std::int64_t corner = begin * shape.pair_stride + begin;
-  if (queries) {
+  if (scores) {
     multiply({scratch.left, ld, 1}, right, {chunk.scores + corner, shape.pair_stride}, count, shape.head_dim,
              kSubChunk);
   }
-  if (shape.delta) {
+  if (overlap) {
     multiply({scratch.left + kSubChunk * ld, ld, 1}, right, {chunk.overlap + corner, shape.pair_stride}, count,
              shape.head_dim, kSubChunk);
   }
@@ -180,7 +198,7 @@ inline void diagonal_by_product(const ChunkShape& shape, Chunk& chunk, std::int6
 
 /// Diagonal block pair by pair, whatever the decays: a copy of each key decays as the rows go on.
 inline void diagonal_by_running(const ChunkShape& shape, Chunk& chunk, std::int64_t begin, std::int64_t count,
-                                bool queries, Scratch& scratch) {
+                                bool scores, bool overlap, Scratch& scratch) {
   const std::int64_t ld = shape.key_stride;
   float* key = scratch.keys;
   for (std::int64_t j = 0; j < count; ++j) {
@@ -189,20 +207,22 @@ inline void diagonal_by_running(const ChunkShape& shape, Chunk& chunk, std::int6
       const std::int64_t row = (begin + i) * ld;
       const std::int64_t pair = (begin + i) * shape.pair_stride + begin + j;
       if (i > j) multiply_rows(key, chunk.factor + row, shape.key_columns, key);
-      if (queries) chunk.scores[pair] = dot(chunk.q + row, key, shape.key_columns);
-      if (shape.delta && i > j) chunk.overlap[pair] = dot(chunk.k + row, key, shape.key_columns);
+      if (scores) chunk.scores[pair] = dot(chunk.q + row, key, shape.key_columns);
+      if (overlap && i > j) chunk.overlap[pair] = dot(chunk.k + row, key, shape.key_columns);
     }
   }
 }
 
 /// One decay per token and key channel: secondary chunking. Rows of a sub-chunk are referred to its start, keys of
 /// earlier ones to their end and from there on to the start of the row's sub-chunk.
-inline void prepare_channel(const ChunkShape& shape, bool for_gradient, Chunk& chunk, Scratch& scratch) {
+inline void prepare_channel(const ChunkShape& shape, Purpose purpose, Chunk& chunk, Scratch& scratch) {
   const std::int64_t rows = chunk.rows;
   const std::int64_t ld = shape.key_stride;
   const std::int64_t ldp = shape.pair_stride;
   const std::int64_t columns = shape.key_columns;
-  const bool queries = chunk.first_query < rows;
+  const bool scores = purpose != Purpose::states && chunk.first_query < rows;
+  const bool overlap = purpose != Purpose::gradient && shape.delta;
+  const bool for_gradient = purpose == Purpose::gradient;
   alignas(64) float reach[1024];   // from the sub-chunk's start or end to the row
   fill_one(chunk.total, columns);  // from the chunk's start to the sub-chunk's
   for (std::int64_t begin = 0; begin < rows; begin += kSubChunk) {
@@ -214,35 +234,36 @@ inline void prepare_channel(const ChunkShape& shape, bool for_gradient, Chunk& c
       each_vector(columns, [&](std::int64_t c) {
         const Vec from_sub_chunk = load(reach + c);
         const Vec from_chunk = mul(load(chunk.total + c), from_sub_chunk);
-        const Vec q = load(chunk.q + row + c);
         const Vec k = load(chunk.k + row + c);
-        store(scratch.left + i * ld + c, mul(q, from_sub_chunk));
-        store(chunk.q_start + row + c, mul(q, from_chunk));
-        if (shape.delta) {
-          store(scratch.left + (kSubChunk + i) * ld + c, mul(k, from_sub_chunk));
-          store(chunk.k_start + row + c, mul(k, from_chunk));
+        if (scores) {
+          const Vec q = load(chunk.q + row + c);
+          store(scratch.left + i * ld + c, mul(q, from_sub_chunk));
+          store(chunk.q_start + row + c, mul(q, from_chunk));
         }
+        if (overlap) store(scratch.left + (kSubChunk + i) * ld + c, mul(k, from_sub_chunk));
+        if (shape.delta) store(chunk.k_start + row + c, mul(k, from_chunk));
         if (for_gradient) store(chunk.start + row + c, from_chunk);
       });
     }
     if (begin > 0) {
       const RightMatrix keys{scratch.panels, 16, columns * 16};
-      if (queries) {
+      if (scores) {
         multiply({scratch.left, ld, 1}, keys, {chunk.scores + begin * ldp, ldp}, count, shape.head_dim, begin);
       }
-      if (shape.delta) {
+      if (overlap) {
         multiply({scratch.left + kSubChunk * ld, ld, 1}, keys, {chunk.overlap + begin * ldp, ldp}, count,
                  shape.head_dim, begin);
       }
     }
     multiply_rows(chunk.total, reach, columns, chunk.total);
+    if (!scores && !overlap) continue;
 
     const std::int64_t middle = begin + std::min<std::int64_t>(kSubChunk / 2, count - 1);
     if (shape.product_on_diagonal && within_range(shape, chunk, begin, middle) &&
         within_range(shape, chunk, middle, begin + count - 1)) {
-      diagonal_by_product(shape, chunk, begin, count, queries, scratch);
+      diagonal_by_product(shape, chunk, begin, count, scores, overlap, scratch);
     } else {
-      diagonal_by_running(shape, chunk, begin, count, queries, scratch);
+      diagonal_by_running(shape, chunk, begin, count, scores, overlap, scratch);
     }
     if (begin + count == rows) break;
     // Earlier panels move on to the end of this sub-chunk, whose own keys join them.
@@ -257,8 +278,8 @@ inline void prepare_channel(const ChunkShape& shape, bool for_gradient, Chunk& c
     }
     transpose_to_panels(scratch.keys, ld, kSubChunk, columns, scratch.panels + begin * columns);
   }
-  if (queries) clear_above(chunk.scores, ldp, rows, true);
-  if (shape.delta) clear_above(chunk.overlap, ldp, rows, false);
+  if (scores) clear_above(chunk.scores, ldp, rows, true);
+  if (overlap) clear_above(chunk.overlap, ldp, rows, false);
 
   fill_one(reach, columns);
   for (std::int64_t i = rows - 1; i >= 0; --i) {
@@ -268,56 +289,67 @@ inline void prepare_channel(const ChunkShape& shape, bool for_gradient, Chunk& c
   }
 }
 
-/// (I + diag(beta) P)^-1 by forward substitution, row by row.
+/// (I + diag(beta) P)^-1 by forward substitution, four rows at a time: their sums over earlier rows run side by side.
 inline void invert(const ChunkShape& shape, Chunk& chunk) {
+  constexpr std::int64_t group = 4;
   const std::int64_t ldp = shape.pair_stride;
   const std::int64_t padded = (chunk.rows + 15) / 16 * 16;
-  for (std::int64_t i = 0; i < chunk.rows; ++i) {
-    float* row = chunk.inverse + i * ldp;
-    const float* overlap = chunk.overlap + i * ldp;
-    const Vec beta = set1(-chunk.beta[i]);
+  for (std::int64_t begin = 0; begin < chunk.rows; begin += group) {
+    const std::int64_t count = std::min(group, chunk.rows - begin);
+    const float* overlap[group];
+    for (std::int64_t r = 0; r < group; ++r) overlap[r] = chunk.overlap + (begin + std::min(r, count - 1)) * ldp;
     for (std::int64_t column = 0; column < padded; column += 16) {
-      Vec sum[kVecsPer16];
-      for (Vec& s : sum) s = zero();
-      for (std::int64_t j = column; j < i; ++j) {
-        const Vec factor = set1(overlap[j]);
-        for (int v = 0; v < kVecsPer16; ++v) {
-          sum[v] = fma(factor, load(chunk.inverse + j * ldp + column + v * kLanes), sum[v]);
-        }
+      float* inverse = chunk.inverse + column;
+      Vec sum[group][kVecsPer16];
+      for (auto& row : sum) std::fill_n(row, kVecsPer16, zero());
+      const auto add_row = [&](std::int64_t r, std::int64_t j) {
+        const Vec factor = set1(overlap[r][j]);
+        for (int v = 0; v < kVecsPer16; ++v) sum[r][v] = fma(factor, load(inverse + j * ldp + v * kLanes), sum[r][v]);
+      };
+      for (std::int64_t j = column; j < begin; ++j) {
+        for (std::int64_t r = 0; r < group; ++r) add_row(r, j);
       }
-      for (int v = 0; v < kVecsPer16; ++v) store(row + column + v * kLanes, mul(beta, sum[v]));
+      for (std::int64_t r = 0; r < count; ++r) {
+        const std::int64_t i = begin + r;
+        for (std::int64_t j = std::max(column, begin); j < i; ++j) add_row(r, j);
+        const Vec beta = set1(-chunk.beta[i]);
+        for (int v = 0; v < kVecsPer16; ++v) store(inverse + i * ldp + v * kLanes, mul(beta, sum[r][v]));
+        if (i >= column && i < column + 16) inverse[i * ldp + i - column] = 1;
+      }
     }
-    row[i] = 1;
   }
 }
 
-void prepare(const ChunkShape& shape, const HeadJob& job, bool for_gradient, Chunk& chunk, Scratch& scratch) {
-  load_queries_and_keys(shape, job, chunk);
+void prepare(const ChunkShape& shape, const HeadJob& job, Purpose purpose, Chunk& chunk, Scratch& scratch) {
+  load_queries_and_keys(shape, job, purpose, chunk);
   if (shape.decay == DecayKind::channel) {
     load_channel_factors(shape, job, chunk, scratch);
-    prepare_channel(shape, for_gradient, chunk, scratch);
+    prepare_channel(shape, purpose, chunk, scratch);
   } else {
     load_scalar_factors(shape, job, chunk, scratch);
-    prepare_scalar(shape, for_gradient, chunk, scratch);
+    prepare_scalar(shape, purpose, chunk, scratch);
   }
-  if (shape.delta) invert(shape, chunk);
+  if (shape.delta && purpose != Purpose::gradient) invert(shape, chunk);
 }
 
 inline void load_values(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, std::int64_t first,
                         std::int64_t last, float* out) {
   const std::int64_t width = std::min(last, shape.value_dim) - first;
   for (std::int64_t i = 0; i < chunk.rows; ++i) {
-    load_row(column_of(job.v, chunk.first + i, first), job.v.dtype, width, last - first, 1.0F,
-             out + i * shape.value_stride + first);
+    const std::int64_t t = chunk.first + i;
+    prefetch_to_read(column_of(job.v, std::min(t + kRowsAhead, job.tokens - 1), first),
+                     width * static_cast<std::int64_t>(size_of(job.v.dtype)));
+    load_row(column_of(job.v, t, first), job.v.dtype, width, last - first, 1.0F, out + i * shape.value_stride + first);
   }
 }
 
-/// VN, and for the gradient R = V - KG S.
+/// VN, and where there is room for it V - KG S - P VN.
 inline void correct_values(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, const float* entry,
-                           std::int64_t first, std::int64_t last, float* remainder, Scratch& scratch) {
+                           std::int64_t first, std::int64_t last, float* corrected, float* unweighted,
+                           Scratch& scratch) {
   const std::int64_t ldv = shape.value_stride;
   if (!shape.delta) {
-    load_values(shape, job, chunk, first, last, scratch.corrected);
+    load_values(shape, job, chunk, first, last, corrected);
     return;
   }
   load_values(shape, job, chunk, first, last, scratch.values);
@@ -325,11 +357,15 @@ inline void correct_values(const ChunkShape& shape, const HeadJob& job, const Ch
            {scratch.values + first, ldv, Update::subtract}, chunk.rows, shape.head_dim, last - first);
   for (std::int64_t i = 0; i < chunk.rows; ++i) {
     float* row = scratch.values + i * ldv + first;
-    if (remainder != nullptr) std::copy_n(row, last - first, remainder + i * ldv + first);
+    if (unweighted != nullptr) std::copy_n(row, last - first, unweighted + i * ldv + first);
     scale_row(row, chunk.beta[i], last - first, row);
   }
-  multiply({chunk.inverse, shape.pair_stride, 1}, row_major(scratch.values + first, ldv),
-           {scratch.corrected + first, ldv}, chunk.rows, chunk.rows, last - first, Part::left_lower);
+  multiply({chunk.inverse, shape.pair_stride, 1}, row_major(scratch.values + first, ldv), {corrected + first, ldv},
+           chunk.rows, chunk.rows, last - first, Part::left_lower);
+  if (unweighted != nullptr) {
+    multiply({chunk.overlap, shape.pair_stride, 1}, row_major(corrected + first, ldv),
+             {unweighted + first, ldv, Update::subtract}, chunk.rows, chunk.rows, last - first, Part::left_lower);
+  }
 }
 
 /// O from the entry state and VN; written out where there is a query.
@@ -349,17 +385,26 @@ inline void write_outputs(const ChunkShape& shape, const HeadJob& job, const Chu
   }
 }
 
-void advance(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, const float* entry, float* exit,
-             std::int64_t first, std::int64_t last, Scratch& scratch) {
+void advance(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, float* state, std::int64_t first,
+             std::int64_t last, Scratch& scratch) {
   const std::int64_t ldv = shape.value_stride;
-  correct_values(shape, job, chunk, entry, first, last, nullptr, scratch);
-  write_outputs(shape, job, chunk, entry, first, last, scratch);
-  if (exit != entry) {
-    for (std::int64_t d = 0; d < shape.head_dim; ++d)
-      std::copy_n(entry + d * ldv + first, last - first, exit + d * ldv + first);
-  }
+  correct_values(shape, job, chunk, state, first, last, scratch.corrected, nullptr, scratch);
+  write_outputs(shape, job, chunk, state, first, last, scratch);
   multiply({chunk.k_end, 1, shape.key_stride}, row_major(scratch.corrected + first, ldv),
-           {exit + first, ldv, Update::add, chunk.total}, shape.head_dim, chunk.rows, last - first);
+           {state + first, ldv, Update::add, chunk.total}, shape.head_dim, chunk.rows, last - first);
+}
+
+void pass(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, const float* entry, float* exit,
+          const KeptChunk* kept, Scratch& scratch) {
+  const std::int64_t ldv = shape.value_stride;
+  const bool keep = kept != nullptr && shape.delta;
+  float* corrected = keep ? kept->corrected : scratch.corrected;
+  correct_values(shape, job, chunk, entry, 0, shape.value_columns, corrected, keep ? kept->unweighted : nullptr,
+                 scratch);
+  if (exit == nullptr) return;
+  multiply({chunk.k_end, 1, shape.key_stride}, row_major(corrected, ldv),
+           {.data = exit, .stride = ldv, .update = Update::add, .row_scale = chunk.total, .before = entry},
+           shape.head_dim, chunk.rows, shape.value_columns);
 }
 
 void write(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, float* added, Scratch& scratch) {

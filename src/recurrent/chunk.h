@@ -62,6 +62,13 @@ struct HeadGradients {
 
 enum class DecayKind : std::uint8_t { none, scalar, channel };
 
+/// What a chunk is prepared for.
+enum class Purpose : std::uint8_t {
+  outputs,   ///< outputs and exit state
+  states,    ///< exit state alone
+  gradient,  ///< gradients, after `states`
+};
+
 /// What holds for every chunk of a call. Matrices have rows of a whole number of 16 floats; an odd number, so that
 /// walking down a column does not fall into few cache sets.
 struct ChunkShape {
@@ -80,28 +87,36 @@ struct ChunkShape {
   bool product_on_diagonal = true;
 };
 
-/// A prepared chunk: everything that does not depend on the state. G is the sum of log decays from the chunk's start to
-/// a row, itself included; G_C that of the whole chunk.
+/// A prepared chunk: everything that does not depend on the state, as far as the purpose needs it. G is the sum of log
+/// decays from the chunk's start to a row, itself included; G_C that of the whole chunk.
 struct Chunk {
   std::int64_t first = 0;        ///< token
   std::int64_t rows = 0;         ///< tokens
   std::int64_t first_query = 0;  ///< row; equal to rows: the chunk has none
-  float* q;                      ///< [chunk][key_stride] scale * q
+  float* q;                      ///< [chunk][key_stride] scale * q; not for states
   float* k;                      ///< [chunk][key_stride]
-  float* q_start;                ///< q * exp(G)
+  float* q_start;                ///< q * exp(G); not for states
   float* k_start;                ///< k * exp(G); delta only
-  float* k_end;                  ///< k * exp(G_C - G)
+  float* k_end;                  ///< k * exp(G_C - G); not for gradients through scalar decays
   float* total;                  ///< [key_columns] exp(G_C)
-  float* scores;                 ///< A [chunk][pair_stride]: q_i . k_j decayed, j <= i, else 0
-  float* overlap;                ///< P: k_i . k_j decayed, j < i, else 0; delta only
-  float* inverse;                ///< (I + diag(beta) P)^-1; delta only
+  float* scores;                 ///< A [chunk][pair_stride]: q_i . k_j decayed, j <= i, else 0; not for states
+  float* overlap;                ///< P: k_i . k_j decayed, j < i, else 0; delta only, not for gradients
+  float* inverse;                ///< (I + diag(beta) P)^-1; delta only, not for gradients
   float* beta;                   ///< [chunk]
   float* q_length;               ///< [chunk] what queries were multiplied by to have length 1; with normalise
   float* k_length;
   float* factor;      ///< exp(g): [chunk][key_stride], or [chunk] for scalar decays
   float* pair_decay;  ///< scalar decays: exp(G_i - G_j), [chunk][pair_stride]
-  float* start;       ///< exp(G) [chunk][key_stride]
-  float* end;         ///< exp(G_C - G)
+  float* start;       ///< exp(G), shaped as `factor`; for gradients only
+  float* end;         ///< exp(G_C - G), likewise
+};
+
+/// What the pass over the states leaves for the gradient of a chunk.
+struct KeptChunk {
+  float* entry;       ///< state [head_dim][value_stride]
+  float* inverse;     ///< of the chunk; delta only
+  float* corrected;   ///< VN [chunk][value_stride]; delta only
+  float* unweighted;  ///< V - KG S - P VN, of which VN is diag(beta) times; null: no gradient of beta is wanted
 };
 
 /// Scratch of one thread.
@@ -119,7 +134,6 @@ struct Scratch {
 /// Further scratch of the backward pass.
 struct GradientScratch {
   float* state;        ///< gradient of the chunk's exit state [head_dim][value_stride]; becomes that of its entry state
-  float* remainder;    ///< R = V - KG S
   float* d_output;     ///< [chunk][value_stride]
   float* d_corrected;  ///< [chunk][value_stride]
   float* d_values;     ///< [chunk][value_stride]
@@ -137,11 +151,15 @@ struct GradientScratch {
 /// The kernel text of one instruction set. Every function runs on one thread.
 struct LevelKernels {
   /// Fills `chunk` (first, rows, first_query are set) from the job.
-  void (*prepare)(const ChunkShape& shape, const HeadJob& job, bool for_gradient, Chunk& chunk, Scratch& scratch);
-  /// Outputs of the chunk and its exit state, for value columns [first, last), multiples of 16. `entry` and `exit`
-  /// [head_dim][value_stride] may be the same.
-  void (*advance)(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, const float* entry, float* exit,
+  void (*prepare)(const ChunkShape& shape, const HeadJob& job, Purpose purpose, Chunk& chunk, Scratch& scratch);
+  /// Outputs of the chunk, for value columns [first, last), multiples of 16. `state` [head_dim][value_stride] goes from
+  /// that of the chunk's entry to that of its exit.
+  void (*advance)(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, float* state,
                   std::int64_t first_column, std::int64_t last_column, Scratch& scratch);
+  /// The exit state alone, and what `kept` has room for beside its entry state; null: nothing. `entry` and `exit` may
+  /// be the same; without exit that state is not computed.
+  void (*pass)(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, const float* entry, float* exit,
+               const KeptChunk* kept, Scratch& scratch);
   /// What the chunk adds to the state, [head_dim][value_stride]; without delta rule.
   void (*write)(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, float* added, Scratch& scratch);
   /// Outputs of the chunk alone; without delta rule.
@@ -151,7 +169,7 @@ struct LevelKernels {
                std::int64_t last_column, Scratch& scratch);
   /// Gradients of the chunk's inputs, and from the gradient of its exit state that of its entry state.
   void (*backward)(const ChunkShape& shape, const HeadJob& job, const HeadGradients& gradients, const Chunk& chunk,
-                   const float* entry, Scratch& scratch, GradientScratch& gradient);
+                   const KeptChunk& kept, Scratch& scratch, GradientScratch& gradient);
 };
 
 const LevelKernels& level_portable();

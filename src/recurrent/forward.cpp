@@ -68,8 +68,8 @@ void run_heads(const LevelKernels& level, const ChunkShape& shape, const std::ve
     load_state(shape, job.state, scratch.state);
     for (std::int64_t c = 0; c < chunks_of(shape, job); ++c) {
       set_range(shape, job, c, chunk);
-      level.prepare(shape, job, false, chunk, scratch);
-      level.advance(shape, job, chunk, scratch.state, scratch.state, 0, shape.value_columns, scratch);
+      level.prepare(shape, job, Purpose::outputs, chunk, scratch);
+      level.advance(shape, job, chunk, scratch.state, 0, shape.value_columns, scratch);
     }
     store_state(shape, scratch.state, job.state);
   });
@@ -102,7 +102,7 @@ void run_bands(const LevelKernels& level, const ChunkShape& shape, const std::ve
       const HeadJob& job = jobs[i / kBand];
       if (i % kBand >= count(i / kBand)) return;
       set_range(shape, job, band + i % kBand, chunks[i]);
-      level.prepare(shape, job, false, chunks[i], threads.of(thread));
+      level.prepare(shape, job, Purpose::outputs, chunks[i], threads.of(thread));
       if (parallel) level.write(shape, job, chunks[i], entry + i * size, threads.of(thread));
     });
     if (!parallel) {
@@ -111,8 +111,7 @@ void run_bands(const LevelKernels& level, const ChunkShape& shape, const std::ve
         const std::int64_t first = panels * (i % slabs) / slabs * 16;
         const std::int64_t last = panels * (i % slabs + 1) / slabs * 16;
         for (std::int64_t c = 0; c < count(h); ++c) {
-          level.advance(shape, jobs[h], chunks[h * kBand + c], state + h * size, state + h * size, first, last,
-                        threads.of(thread));
+          level.advance(shape, jobs[h], chunks[h * kBand + c], state + h * size, first, last, threads.of(thread));
         }
       });
       continue;

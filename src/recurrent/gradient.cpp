@@ -1,4 +1,5 @@
-// run_recurrent_backward: checkpoints of the state, segments from the last to the first, sums over shared heads.
+// run_recurrent_backward: a pass over the states that keeps them, chunks from the last to the first, sums over shared
+// heads.
 #include <algorithm>
 
 #include "core/error.h"
@@ -11,8 +12,8 @@ namespace recurrent {
 
 namespace {
 
-/// Chunks whose entry states are kept at once; between segments only one state is.
-constexpr std::int64_t kSegment = 32;
+/// Chunks that are kept at once. A longer call is divided into segments, of which a first pass keeps the entry states.
+constexpr std::int64_t kSegment = 256;
 
 /// Memory of one thread.
 struct Worker {
@@ -20,21 +21,26 @@ struct Worker {
   Chunk chunk{};
   Scratch scratch{};
   GradientScratch gradient{};
-  float* entries = nullptr;  ///< [kSegment] states
+  std::vector<KeptChunk> kept;
 
-  explicit Worker(const ChunkShape& shape) {
+  /// Room for `chunks` kept ones; `beta`: its gradient is wanted.
+  Worker(const ChunkShape& shape, std::int64_t chunks, bool beta) : kept(static_cast<std::size_t>(chunks)) {
     Arena size;
-    lay_out(shape, size);
+    lay_out(shape, beta, size);
     arena = Arena(size.used());
-    lay_out(shape, arena);
+    lay_out(shape, beta, arena);
+    // Rows that pad a state are read as part of its transpose, and never written again.
+    for (const KeptChunk& k : kept) {
+      std::fill(k.entry + shape.head_dim * shape.value_stride, k.entry + state_floats(shape), 0.0F);
+    }
   }
 
  private:
-  void lay_out(const ChunkShape& shape, Arena& from) {
+  void lay_out(const ChunkShape& shape, bool beta, Arena& from) {
     place(shape, true, from, chunk);
     place(shape, from, scratch);
     place(shape, from, gradient);
-    entries = from.take(kSegment * state_floats(shape));
+    for (KeptChunk& k : kept) place(shape, beta, from, k);
   }
 };
 
@@ -42,38 +48,39 @@ void run_head(const LevelKernels& level, const ChunkShape& shape, HeadJob job, c
               Worker& worker) {
   const std::int64_t size = state_floats(shape);
   const std::int64_t chunks = chunks_of(shape, job);
-  const std::int64_t segments = (chunks + kSegment - 1) / kSegment;
+  const auto segment_chunks = static_cast<std::int64_t>(worker.kept.size());
+  const std::int64_t segments = (chunks + segment_chunks - 1) / segment_chunks;
   job.o = {};
   Arena checkpoints(segments * size);
   float* checkpoint = checkpoints.take(segments * size);
-  std::fill_n(checkpoint, segments * size, 0.0F);  // the columns and rows that pad a state stay 0
   if (segments > 0) load_state(shape, gradients.initial_state_of, checkpoint);
-  const auto advance = [&](std::int64_t c, const float* entry, float* exit) {
-    set_range(shape, job, c, worker.chunk);
-    worker.chunk.first_query = worker.chunk.rows;  // states only
-    level.prepare(shape, job, false, worker.chunk, worker.scratch);
-    level.advance(shape, job, worker.chunk, entry, exit, 0, shape.value_columns, worker.scratch);
+  const auto pass = [&](std::int64_t c, const float* entry, float* exit, const KeptChunk* kept) {
+    Chunk chunk = worker.chunk;
+    if (kept != nullptr && shape.delta) chunk.inverse = kept->inverse;
+    set_range(shape, job, c, chunk);
+    level.prepare(shape, job, Purpose::states, chunk, worker.scratch);
+    level.pass(shape, job, chunk, entry, exit, kept, worker.scratch);
   };
-  for (std::int64_t c = 0; c < (segments - 1) * kSegment; ++c) {
-    const float* start = checkpoint + c / kSegment * size;
-    float* running = checkpoint + (c / kSegment + 1) * size;
-    advance(c, c % kSegment == 0 ? start : running, running);
+  for (std::int64_t c = 0; c < (segments - 1) * segment_chunks; ++c) {
+    const float* start = checkpoint + c / segment_chunks * size;
+    float* running = checkpoint + (c / segment_chunks + 1) * size;
+    pass(c, c % segment_chunks == 0 ? start : running, running, nullptr);
   }
   load_state(shape, gradients.final_state, worker.gradient.state);
   for (std::int64_t segment = segments - 1; segment >= 0; --segment) {
-    const std::int64_t first = segment * kSegment;
-    const std::int64_t last = std::min(chunks, first + kSegment);
-    std::copy_n(checkpoint + segment * size, size, worker.entries);
-    for (std::int64_t c = first; c + 1 < last; ++c) {
-      float* entry = worker.entries + (c - first) * size;
-      std::fill_n(entry + size, size, 0.0F);
-      advance(c, entry, entry + size);
+    const std::int64_t first = segment * segment_chunks;
+    const std::int64_t last = std::min(chunks, first + segment_chunks);
+    std::copy_n(checkpoint + segment * size, shape.head_dim * shape.value_stride, worker.kept[0].entry);
+    for (std::int64_t c = first; c < last; ++c) {
+      const KeptChunk& kept = worker.kept[static_cast<std::size_t>(c - first)];
+      float* exit = c + 1 < last ? worker.kept[static_cast<std::size_t>(c + 1 - first)].entry : nullptr;
+      if (exit != nullptr || shape.delta) pass(c, kept.entry, exit, &kept);
     }
     for (std::int64_t c = last - 1; c >= first; --c) {
       set_range(shape, job, c, worker.chunk);
-      level.prepare(shape, job, true, worker.chunk, worker.scratch);
-      level.backward(shape, job, gradients, worker.chunk, worker.entries + (c - first) * size, worker.scratch,
-                     worker.gradient);
+      level.prepare(shape, job, Purpose::gradient, worker.chunk, worker.scratch);
+      level.backward(shape, job, gradients, worker.chunk, worker.kept[static_cast<std::size_t>(c - first)],
+                     worker.scratch, worker.gradient);
     }
   }
   store_state(shape, worker.gradient.state, gradients.initial_state);
@@ -284,8 +291,10 @@ void run_recurrent_backward(const RecurrentProblem& problem, const RecurrentInpu
     const ChunkShape shape = chunk_shape(problem, inputs, options);
     std::vector<Worker> workers;
     workers.reserve(static_cast<std::size_t>(team));
-    for (int i = 0; i < team; ++i) workers.emplace_back(shape);
     const std::vector<std::int64_t> order = longest_first(jobs);
+    const std::int64_t longest = chunks_of(shape, jobs[static_cast<std::size_t>(order[0])]);
+    const std::int64_t kept = std::clamp<std::int64_t>(longest, 1, kSegment);
+    for (int i = 0; i < team; ++i) workers.emplace_back(shape, kept, outputs[0].beta.data != nullptr);
     parallel_for(static_cast<std::int64_t>(jobs.size()), team, [&](std::int64_t i, int thread) {
       const std::int64_t at = order[static_cast<std::size_t>(i)];
       run_head(level, shape, jobs[at], outputs[at], workers[static_cast<std::size_t>(thread)]);

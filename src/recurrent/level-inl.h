@@ -16,5 +16,5 @@
 #include "recurrent/gradient-inl.h"
 
 constexpr LevelKernels level_table() {
-  return {prepare, advance, write, read, step, backward};
+  return {prepare, advance, pass, write, read, step, backward};
 }

@@ -18,12 +18,20 @@ inline RightMatrix row_major(const float* data, std::int64_t stride) {
 
 enum class Update : std::uint8_t { set, add, subtract };
 
-/// c (row-major) is set to, or changed by, the product; with row_scale, c is multiplied by it first.
+/// c (row-major) is set to, or changed by, the product, whose rows are multiplied by `scale` where it is given.
 struct Target {
   float* data;
   std::int64_t stride;
   Update update = Update::set;
-  const float* row_scale = nullptr;
+  const float* row_scale = nullptr;  ///< multiplies the rows of what the product is added to
+  const float* scale = nullptr;
+  const float* before = nullptr;  ///< what the product is added to, of the same stride; null: c itself
+
+  Target at(std::int64_t row, std::int64_t column) const {
+    const auto moved = [](const float* from, std::int64_t by) { return from != nullptr ? from + by : nullptr; };
+    const std::int64_t offset = row * stride + column;
+    return {data + offset, stride, update, moved(row_scale, row), moved(scale, row), moved(before, offset)};
+  }
 };
 
 /// Which part of a product is needed. Left matrices that are triangular hold zeros in their other half.
@@ -47,8 +55,8 @@ constexpr int kTilePanels = 1;
 #endif
 
 template <int rows, int panels, bool rows_adjacent>
-[[gnu::noinline]] void multiply_tile(const LeftMatrix& a, const RightMatrix& b, std::int64_t steps, const Target& c,
-                                     const float* row_scale) {
+[[gnu::noinline]] void multiply_tile(const LeftMatrix& a, const RightMatrix& b, std::int64_t steps,
+                                     const Target& target) {
   constexpr int vectors = panels * kVecsPer16;
   Vec acc[rows][vectors];
 #pragma GCC unroll 8
@@ -75,18 +83,30 @@ template <int rows, int panels, bool rows_adjacent>
       for (int v = 0; v < vectors; ++v) acc[r][v] = fma(factor, columns[v], acc[r][v]);
     }
   }
+  const Target c = target;
+  if (c.scale != nullptr) {
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) acc[r][v] = mul(set1(c.scale[r]), acc[r][v]);
+    }
+  }
+  if (c.update != Update::set) {
+    const float* before = c.before != nullptr ? c.before : c.data;
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) {
+        Vec value = load(before + r * c.stride + v * kLanes);
+        if (c.row_scale != nullptr) value = mul(value, set1(c.row_scale[r]));
+        acc[r][v] = c.update == Update::add ? add(value, acc[r][v]) : sub(value, acc[r][v]);
+      }
+    }
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      float* at = c.data + r * c.stride + v * kLanes;
-      Vec value = acc[r][v];
-      if (c.update != Update::set) {
-        const Vec before = row_scale != nullptr ? mul(load(at), set1(row_scale[r])) : load(at);
-        value = c.update == Update::add ? add(before, value) : sub(before, value);
-      }
-      store(at, value);
-    }
+    for (int v = 0; v < vectors; ++v) store(c.data + r * c.stride + v * kLanes, acc[r][v]);
   }
 }
 
@@ -119,16 +139,15 @@ inline void multiply(const LeftMatrix& a, const RightMatrix& b, const Target& c,
       }
       const LeftMatrix left{a.data + row * a.row + first_step * a.step, a.row, a.step};
       const RightMatrix right{b.data + first_step * b.step + panel * b.panel, b.step, b.panel};
-      const Target target{c.data + row * c.stride + panel * 16, c.stride, c.update};
-      const float* scale = c.row_scale != nullptr ? c.row_scale + row : nullptr;
+      const Target target = c.at(row, panel * 16);
       with_constant<kTileRows>(tile_rows, [&](auto r) {
         with_constant<kTilePanels>(tile_panels, [&](auto p) {
           constexpr int height = decltype(r)::value;
           constexpr int width = decltype(p)::value;
           if (a.row == 1) {
-            multiply_tile<height, width, true>(left, right, last_step - first_step, target, scale);
+            multiply_tile<height, width, true>(left, right, last_step - first_step, target);
           } else {
-            multiply_tile<height, width, false>(left, right, last_step - first_step, target, scale);
+            multiply_tile<height, width, false>(left, right, last_step - first_step, target);
           }
         });
       });

@@ -98,7 +98,6 @@ void place(const ChunkShape& shape, Arena& arena, GradientScratch& scratch) {
   const std::int64_t values = shape.chunk * shape.value_stride;
   const std::int64_t pairs = shape.chunk * shape.pair_stride;
   scratch.state = arena.take(state_floats(shape));
-  scratch.remainder = arena.take(values);
   scratch.d_output = arena.take(values);
   scratch.d_corrected = arena.take(values);
   scratch.d_values = arena.take(values);
@@ -111,6 +110,15 @@ void place(const ChunkShape& shape, Arena& arena, GradientScratch& scratch) {
   scratch.reach = arena.take(keys);
   scratch.product = arena.take(keys);
   scratch.d_beta = arena.take(shape.chunk);
+}
+
+void place(const ChunkShape& shape, bool beta, Arena& arena, KeptChunk& kept) {
+  kept = {};
+  kept.entry = arena.take(state_floats(shape));
+  if (!shape.delta) return;
+  kept.inverse = arena.take(shape.chunk * shape.pair_stride);
+  kept.corrected = arena.take(shape.chunk * shape.value_stride);
+  if (beta) kept.unweighted = arena.take(shape.chunk * shape.value_stride);
 }
 
 void set_range(const ChunkShape& shape, const HeadJob& job, std::int64_t index, Chunk& chunk) {

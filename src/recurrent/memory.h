@@ -38,6 +38,8 @@ inline std::int64_t state_floats(const ChunkShape& shape) {
 void place(const ChunkShape& shape, bool for_gradient, Arena& arena, Chunk& chunk);
 void place(const ChunkShape& shape, Arena& arena, Scratch& scratch);
 void place(const ChunkShape& shape, Arena& arena, GradientScratch& scratch);
+/// `beta`: its gradient is wanted.
+void place(const ChunkShape& shape, bool beta, Arena& arena, KeptChunk& kept);
 
 /// Row and query range of a chunk of a job.
 void set_range(const ChunkShape& shape, const HeadJob& job, std::int64_t index, Chunk& chunk);

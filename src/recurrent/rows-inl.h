@@ -43,6 +43,16 @@ inline const std::byte* column_of(const Rows& rows, std::int64_t t, std::int64_t
   return rows.row(t) + column * static_cast<std::int64_t>(size_of(rows.dtype));
 }
 
+/// Asks for a row of `bytes` that is read, or written, some rows later.
+inline void prefetch_to_read(const std::byte* row, std::int64_t bytes) {
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0);
+}
+inline void prefetch_to_write(const std::byte* row, std::int64_t bytes) {
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 1);
+}
+/// Rows between such a request and the use.
+constexpr std::int64_t kRowsAhead = 12;
+
 /// Loops over vectors of a row: body(i) for i = 0, kLanes, ... below `columns`.
 template <class Body>
 inline void each_vector(std::int64_t columns, const Body& body) {
