@@ -397,7 +397,7 @@ Result measure(const Options& options, const Problem& problem, Subject& subject,
   }
   if (options.phase == "backward") {
     measure_backward(options, dense, dense_options, inputs, outputs, subject, result);
-    result.peaks.measure(*run_options.isa, dtype, threads, false);
+    result.peaks.measure(*run_options.isa, dtype, threads, !subject.has_plan());
     kernels::MemoryReader reader(threads);
     result.peaks.read(reader, {});
     return result;
