@@ -164,57 +164,6 @@ inline void decode_scores(const TileShape& shape, const std::uint32_t* const* q_
   }
 }
 
-#if defined(TESSERA_LEVEL_BF16)
-/// decode_output by bf16 pairs of two keys; the columns end in the same order.
-template <int rows>
-inline void decode_output_of_pairs(const TileShape& shape, const DecodeBlock& block, const TileScratch& scratch,
-                                   std::int64_t first) {
-  RowWalk walk = walk_values(shape, block);
-  const auto* words = reinterpret_cast<const std::uint32_t*>(scratch.probabilities + first * kBlockKeys / 2);
-  float* const* output = scratch.output_rows + first;
-  const std::int64_t whole = shape.value_dim / kPair * kPair;
-  for (std::int64_t c = 0; c < whole; c += kPair) {
-    Vec acc[rows][2];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-      acc[r][0] = load(output[r] + c);
-      acc[r][1] = load(output[r] + c + kLanes);
-    }
-    const std::int64_t offset = c * static_cast<std::int64_t>(sizeof(std::uint16_t));
-    for (std::int64_t key = 0; key < block.count; key += 2) {
-      // Behind the last of an odd number of keys stands none: zeros, for its place may hold anything.
-      Vec v[2];
-      if (key + 1 < block.count) {
-        pair_bf16_rows(block.v[key] + offset, block.v[key + 1] + offset, v[0], v[1]);
-      } else {
-        alignas(64) static constexpr std::byte nothing[64] = {};
-        pair_bf16_rows(block.v[key] + offset, nothing, v[0], v[1]);
-      }
-      walk.ask_for_lines(2);
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) {
-        const Vec p = broadcast_word(words + r * kBlockKeys / 2 + key / 2);
-        acc[r][0] = PairProduct::multiply_add(p, v[0], acc[r][0]);
-        acc[r][1] = PairProduct::multiply_add(p, v[1], acc[r][1]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-      store(output[r] + c, acc[r][0]);
-      store(output[r] + c + kLanes, acc[r][1]);
-    }
-  }
-  for (std::int64_t c = whole; c < shape.value_dim; ++c) {
-    for (int r = 0; r < rows; ++r) {
-      for (std::int64_t key = 0; key < block.count; ++key) {
-        output[r][c] += probability(scratch.probabilities, (first + r) * kBlockKeys + key, PairProduct{}) *
-                        load_as_float(block.v[key], DType::bf16, c);
-      }
-    }
-  }
-}
-#endif
-
 /// output[r] += probabilities[r] . values; output columns are in the order of load_storage_pair.
 template <DType dtype, int rows>
 inline void decode_output(const TileShape& shape, const DecodeBlock& block, const float* probabilities,
@@ -255,29 +204,6 @@ inline void decode_output(const TileShape& shape, const DecodeBlock& block, cons
   }
 }
 
-/// All rows' outputs, a few rows at a time.
-inline void decode_output_rows(FloatProduct /*unused*/, const TileShape& shape, const DecodeBlock& block,
-                               const TileScratch& scratch, std::int64_t rows) {
-  with_dtype(shape.dtype, [&](auto dtype) {
-    for (std::int64_t first = 0; first < rows; first += kDecodeRows) {
-      with_count<kDecodeRows>(std::min<std::int64_t>(kDecodeRows, rows - first), [&](auto count) {
-        decode_output<decltype(dtype)::value, count()>(shape, block, scratch.probabilities + first * kBlockKeys,
-                                                       scratch.output_rows + first);
-      });
-    }
-  });
-}
-
-#if defined(TESSERA_LEVEL_BF16)
-inline void decode_output_rows(PairProduct /*unused*/, const TileShape& shape, const DecodeBlock& block,
-                               const TileScratch& scratch, std::int64_t rows) {
-  for (std::int64_t first = 0; first < rows; first += kDecodeRows) {
-    with_count<kDecodeRows>(std::min<std::int64_t>(kDecodeRows, rows - first),
-                            [&](auto count) { decode_output_of_pairs<count()>(shape, block, scratch, first); });
-  }
-}
-#endif
-
 /// Numbers of a row of `count`, into the order of load_storage_pair or back.
 inline void reorder_pairs(DType dtype, std::int64_t count, bool back, float* row) {
   float natural[kPair];
@@ -291,12 +217,11 @@ inline void reorder_pairs(DType dtype, std::int64_t count, bool back, float* row
 }
 
 /// A masked pair has probability 0; its value must not be read, for it may be NaN.
-template <class Product>
 inline void decode_output_slow(const TileShape& shape, const DecodeBlock& block, const TileScratch& scratch,
                                std::int64_t rows) {
   for (std::int64_t row = 0; row < rows; ++row) {
     for (std::int64_t key = 0; key < block.count; ++key) {
-      const float p = probability(scratch.probabilities, row * kBlockKeys + key, Product{});
+      const float p = scratch.probabilities[row * kBlockKeys + key];
       if (p == 0) continue;
       const std::int64_t whole = shape.value_dim / kPair * kPair;
       for (std::int64_t c = 0; c < shape.value_dim; ++c) {
@@ -365,19 +290,23 @@ inline void process_decode_block(const Call& call, const TileShape& shape, const
     for (std::int64_t c = block.count; c < columns; ++c) scratch.scores[row * kBlockKeys + c] = kMinusInfinity;
     if (call.outputs.scores.data != nullptr) dump_scores(call, rule, job, scratch, row);
   }
-  with_product(shape, [&](auto product) {
-    using Product = decltype(product);
-    if (rule.weights == RowWeights::softmax) {
-      softmax_rows<Product>(rule, shape, scratch, 0, rows, columns);
-    } else {
-      for (std::int64_t row = 0; row < rows; ++row) weigh_row<Product>(call, rule, job, scratch, row, columns);
-    }
-    if (scratch.any_masked && any_value_nonfinite(shape, block)) {
-      decode_output_slow<Product>(shape, block, scratch, rows);
-    } else {
-      decode_output_rows(product, shape, block, scratch, rows);
-    }
-  });
+  if (rule.weights == RowWeights::softmax) {
+    softmax_rows<FloatProduct>(rule, shape, scratch, 0, rows, columns);
+  } else {
+    for (std::int64_t row = 0; row < rows; ++row) weigh_row<FloatProduct>(call, rule, job, scratch, row, columns);
+  }
+  if (scratch.any_masked && any_value_nonfinite(shape, block)) {
+    decode_output_slow(shape, block, scratch, rows);
+  } else {
+    with_dtype(shape.dtype, [&](auto dtype) {
+      for (std::int64_t first = 0; first < rows; first += kDecodeRows) {
+        with_count<kDecodeRows>(std::min<std::int64_t>(kDecodeRows, rows - first), [&](auto count) {
+          decode_output<decltype(dtype)::value, count()>(shape, block, scratch.probabilities + first * kBlockKeys,
+                                                         scratch.output_rows + first);
+        });
+      }
+    });
+  }
   block.count = 0;
   scratch.group_count = 0;
   scratch.any_masked = false;

@@ -214,15 +214,6 @@ inline void store_bf16_words(std::uint32_t* to, Vec first, Vec second) {
   const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
   _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
-/// Two rows of 32 bf16 -> pairs of the numbers at even places, and of those at odd places.
-inline void pair_bf16_rows(const std::byte* first, const std::byte* second, Vec& even, Vec& odd) {
-  const __m512i x = _mm512_loadu_si512(first);
-  const __m512i y = _mm512_loadu_si512(second);
-  const __m512i low_halves = _mm512_set1_epi32(0xffff);
-  constexpr int choose = 0xca;  // bits of the second operand where the first has ones, else of the third
-  even = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(low_halves, x, _mm512_slli_epi32(y, 16), choose));
-  odd = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(low_halves, _mm512_srli_epi32(x, 16), y, choose));
-}
 /// 16 words of two halves -> the 16 first halves and the 16 second halves.
 inline void split_halves(const std::uint32_t* words, std::uint32_t* first, std::uint32_t* second) {
   const __m512i x = _mm512_loadu_si512(words);
