@@ -309,7 +309,8 @@ RunReport backward_recurrent(const RecurrentLayer& layer, const Problem& problem
   report.kernel = context.run.kernel == KernelKind::reference ? KernelKind::reference : KernelKind::automatic;
   report.isa = call.options.isa.value_or(default_isa());
   report.threads = thread_count(call.threads);
-  // Every product has two gradients, and is itself computed again.
+  // A convention: every product has two gradients and counts once more as computed again, though q S and A VN, of which
+  // only the outputs are made, are not.
   report.flops = 3 * recurrent_flops(call.recurrent, call.given.beta.data != nullptr, call.options.chunk);
   report.kernel_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   return report;

@@ -354,7 +354,8 @@ inline void correct_values(const ChunkShape& shape, const HeadJob& job, const Ch
   }
   load_values(shape, job, chunk, first, last, scratch.values);
   multiply({chunk.k_start, shape.key_stride, 1}, row_major(entry + first, ldv),
-           {scratch.values + first, ldv, Update::subtract}, chunk.rows, shape.head_dim, last - first);
+           {scratch.values + first, ldv, Update::subtract}, chunk.rows, shape.head_dim, last - first, Part::all,
+           &scratch.ahead);
   for (std::int64_t i = 0; i < chunk.rows; ++i) {
     float* row = scratch.values + i * ldv + first;
     if (unweighted != nullptr) std::copy_n(row, last - first, unweighted + i * ldv + first);
@@ -404,7 +405,7 @@ void pass(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, const
   if (exit == nullptr) return;
   multiply({chunk.k_end, 1, shape.key_stride}, row_major(corrected, ldv),
            {.data = exit, .stride = ldv, .update = Update::add, .row_scale = chunk.total, .before = entry},
-           shape.head_dim, chunk.rows, shape.value_columns);
+           shape.head_dim, chunk.rows, shape.value_columns, Part::all, &scratch.ahead);
 }
 
 void write(const ChunkShape& shape, const HeadJob& job, const Chunk& chunk, float* added, Scratch& scratch) {

@@ -1,6 +1,7 @@
 // What the drivers and the kernel text of the recurrence share: one (sequence, state head), and the buffers of a chunk.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -119,6 +120,46 @@ struct KeptChunk {
   float* unweighted;  ///< V - KG S - P VN, of which VN is diag(beta) times; null: no gradient of beta is wanted
 };
 
+/// Memory that is wanted soon: products ask for a few lines of it with every tile, so that it is in L2 when its turn
+/// comes.
+class Ahead {
+ public:
+  void clear() { count_ = at_ = 0; }
+  /// `rows` rows of `bytes`; what does not fit the list is left out.
+  void add(const void* data, std::int64_t stride, std::int64_t bytes, std::int64_t rows) {
+    if (data == nullptr || rows <= 0 || bytes <= 0 || count_ == kRanges) return;
+    ranges_[count_++] = {static_cast<const std::byte*>(data), stride, bytes, rows};
+  }
+  void add(const float* data, std::int64_t floats) {
+    add(data, 0, floats * static_cast<std::int64_t>(sizeof(float)), 1);
+  }
+  void step() {
+    for (int line = 0; line < kLines && at_ < count_; ++line) {
+      Range& range = ranges_[at_];
+      __builtin_prefetch(range.data + range.offset, 0, 2);
+      range.offset += 64;
+      if (range.offset < range.bytes) continue;
+      range.offset = 0;
+      range.data += range.stride;
+      if (--range.rows == 0) ++at_;
+    }
+  }
+
+ private:
+  struct Range {
+    const std::byte* data = nullptr;
+    std::int64_t stride = 0;
+    std::int64_t bytes = 0;
+    std::int64_t rows = 0;
+    std::int64_t offset = 0;
+  };
+  static constexpr int kRanges = 12;
+  static constexpr int kLines = 24;
+  std::array<Range, kRanges> ranges_;
+  std::size_t count_ = 0;
+  std::size_t at_ = 0;
+};
+
 /// Scratch of one thread.
 struct Scratch {
   float* panels;     ///< transposed matrices: panels of 16 columns
@@ -129,6 +170,7 @@ struct Scratch {
   float* output;     ///< [chunk][value_stride]
   float* state;      ///< [head_dim][value_stride]
   float bad_decay;   ///< not 0: a decay was positive or NaN
+  Ahead ahead;       ///< filled by the driver
 };
 
 /// Further scratch of the backward pass.

@@ -41,31 +41,40 @@ inline void pair_gradients_scalar(const ChunkShape& shape, const Chunk& chunk, G
   if (shape.delta) through(gradient.d_overlap, gradient.d_k_plus, chunk.k);
 }
 
-/// Pairs within a sub-chunk.
+/// Pairs within a sub-chunk: for a vector of channels and each key a copy of the key decays as the rows go on.
 inline void diagonal_gradients(const ChunkShape& shape, const Chunk& chunk, std::int64_t begin, std::int64_t count,
                                GradientScratch& gradient) {
   const std::int64_t ld = shape.key_stride;
-  alignas(64) float reach[1024];
-  for (std::int64_t j = begin; j < begin + count; ++j) {
-    fill_one(reach, shape.key_columns);
-    for (std::int64_t i = j; i < begin + count; ++i) {
-      const Vec d_score = set1(gradient.d_scores[i * shape.pair_stride + j]);
-      const Vec d_overlap = set1(shape.delta && i > j ? gradient.d_overlap[i * shape.pair_stride + j] : 0.0F);
-      each_vector(shape.key_columns, [&](std::int64_t c) {
-        Vec decay = load(reach + c);
-        if (i > j) decay = mul(decay, load(chunk.factor + i * ld + c));
-        store(reach + c, decay);
-        const Vec key = mul(decay, load(chunk.k + j * ld + c));
+  const std::int64_t end = begin + count;
+  each_vector(shape.key_columns, [&](std::int64_t c) {
+    for (std::int64_t j = begin; j < end; ++j) {
+      const float* d_score = gradient.d_scores + j;
+      const float* d_overlap = gradient.d_overlap + j;
+      Vec reach = set1(1.0F);
+      Vec key = load(chunk.k + j * ld + c);
+      float* d_own = gradient.d_q + j * ld + c;
+      const Vec own = set1(d_score[j * shape.pair_stride]);
+      store(d_own, fma(own, key, load(d_own)));
+      Vec d_minus = fma(own, load(chunk.q + j * ld + c), load(gradient.d_k_minus + j * ld + c));
+      for (std::int64_t i = j + 1; i < end; ++i) {
+        const Vec factor = load(chunk.factor + i * ld + c);
+        const Vec score = set1(d_score[i * shape.pair_stride]);
+        reach = mul(reach, factor);
+        key = mul(key, factor);
         float* d_q = gradient.d_q + i * ld + c;
-        float* d_plus = gradient.d_k_plus + i * ld + c;
-        float* d_minus = gradient.d_k_minus + j * ld + c;
-        store(d_q, fma(d_score, key, load(d_q)));
-        store(d_plus, fma(d_overlap, key, load(d_plus)));
-        const Vec row = fma(d_overlap, load(chunk.k + i * ld + c), mul(d_score, load(chunk.q + i * ld + c)));
-        store(d_minus, fma(decay, row, load(d_minus)));
-      });
+        store(d_q, fma(score, key, load(d_q)));
+        Vec row = mul(score, load(chunk.q + i * ld + c));
+        if (shape.delta) {
+          const Vec overlap = set1(d_overlap[i * shape.pair_stride]);
+          float* d_plus = gradient.d_k_plus + i * ld + c;
+          store(d_plus, fma(overlap, key, load(d_plus)));
+          row = fma(overlap, load(chunk.k + i * ld + c), row);
+        }
+        d_minus = fma(reach, row, d_minus);
+      }
+      store(gradient.d_k_minus + j * ld + c, d_minus);
     }
-  }
+  });
 }
 
 /// Inside the chunk, one decay per token and channel: the references of prepare_channel.
@@ -212,27 +221,33 @@ inline void load_output_gradients(const ChunkShape& shape, const HeadJob& job, c
 /// out = rows of `gradient`, [value_dim], times S^T or dS'^T, whose transposed panels are `state`; every row and
 /// channel times `decay` (as Chunk::start) and `sign`.
 inline void through_state(const ChunkShape& shape, const float* gradient, const RightMatrix& state, const float* decay,
-                          float sign, std::int64_t rows, float* out) {
+                          float sign, std::int64_t rows, float* out, Ahead& ahead) {
   const std::int64_t ld = shape.key_stride;
   if (shape.decay == DecayKind::channel) {
-    multiply({gradient, shape.value_stride, 1}, state, {out, ld}, rows, shape.value_dim, shape.key_columns);
+    multiply({gradient, shape.value_stride, 1}, state, {out, ld}, rows, shape.value_dim, shape.key_columns, Part::all,
+             &ahead);
     const Vec factor = set1(sign);
-    each_vector(rows * ld, [&](std::int64_t c) { store(out + c, mul(mul(factor, load(decay + c)), load(out + c))); });
+    for (std::int64_t i = 0; i < rows; ++i) {
+      each_vector(shape.key_columns, [&](std::int64_t c) {
+        float* at = out + i * ld + c;
+        store(at, mul(mul(factor, load(decay + i * ld + c)), load(at)));
+      });
+    }
     return;
   }
   alignas(64) float scale[128];
   for (std::int64_t i = 0; i < rows; ++i) scale[i] = sign * decay[i];
   multiply({gradient, shape.value_stride, 1}, state, {.data = out, .stride = ld, .scale = scale}, rows, shape.value_dim,
-           shape.key_columns);
+           shape.key_columns, Part::all, &ahead);
 }
 
 /// dVN.
-inline void corrected_gradients(const ChunkShape& shape, const Chunk& chunk, GradientScratch& gradient) {
+inline void corrected_gradients(const ChunkShape& shape, const Chunk& chunk, Ahead& ahead, GradientScratch& gradient) {
   const std::int64_t ldv = shape.value_stride;
   const bool channel = shape.decay == DecayKind::channel;
   multiply({channel ? chunk.k_end : chunk.k, shape.key_stride, 1}, row_major(gradient.state, ldv),
            {.data = gradient.d_corrected, .stride = ldv, .scale = channel ? nullptr : chunk.end}, chunk.rows,
-           shape.head_dim, shape.value_columns);
+           shape.head_dim, shape.value_columns, Part::all, &ahead);
   if (chunk.first_query >= chunk.rows) return;
   multiply({chunk.scores, 1, shape.pair_stride}, row_major(gradient.d_output, ldv),
            {gradient.d_corrected, ldv, Update::add}, chunk.rows, chunk.rows, shape.value_columns, Part::left_upper);
@@ -251,7 +266,7 @@ void backward(const ChunkShape& shape, const HeadJob& job, const HeadGradients& 
   if (!shape.delta) load_values(shape, job, chunk, 0, shape.value_columns, corrected);
   for (std::int64_t i = rows; i < padded; ++i) fill_zero(corrected + i * ldv, shape.value_columns);
   if (queries) load_output_gradients(shape, job, gradients, chunk, gradient.d_output);
-  corrected_gradients(shape, chunk, gradient);
+  corrected_gradients(shape, chunk, scratch.ahead, gradient);
 
   transpose_to_panels(corrected, ldv, padded, shape.value_columns, scratch.panels);
   const RightMatrix corrected_transposed{scratch.panels, 16, shape.value_columns * 16};
@@ -273,13 +288,13 @@ void backward(const ChunkShape& shape, const HeadJob& job, const HeadGradients& 
   }
   transpose_to_panels(gradient.state, ldv, shape.key_columns, shape.value_columns, scratch.panels);
   const RightMatrix transposed{scratch.panels, 16, shape.value_columns * 16};
-  through_state(shape, corrected, transposed, chunk.end, 1.0F, rows, gradient.d_k_minus);
+  through_state(shape, corrected, transposed, chunk.end, 1.0F, rows, gradient.d_k_minus, scratch.ahead);
   for (std::int64_t i = 0; decays && i < rows; ++i) {
     add_product(chunk.k + i * ld, gradient.d_k_minus + i * ld, shape.key_columns, last);
   }
   if (queries) {
     multiply({chunk.q_start, 1, ld}, row_major(gradient.d_output, ldv), {gradient.state, ldv, Update::add, chunk.total},
-             shape.head_dim, rows, shape.value_columns);
+             shape.head_dim, rows, shape.value_columns, Part::all, &scratch.ahead);
   } else {
     for (std::int64_t d = 0; d < shape.head_dim; ++d) {
       scale_row(gradient.state + d * ldv, chunk.total[d], shape.value_columns, gradient.state + d * ldv);
@@ -287,18 +302,18 @@ void backward(const ChunkShape& shape, const HeadJob& job, const HeadGradients& 
   }
   if (shape.delta) {
     multiply({chunk.k_start, 1, ld}, row_major(gradient.d_values, ldv), {gradient.state, ldv, Update::subtract},
-             shape.head_dim, rows, shape.value_columns);
+             shape.head_dim, rows, shape.value_columns, Part::all, &scratch.ahead);
   }
 
   if (queries || shape.delta)
     transpose_to_panels(kept.entry, ldv, shape.key_columns, shape.value_columns, scratch.panels);
   if (queries) {
-    through_state(shape, gradient.d_output, transposed, chunk.start, 1.0F, rows, gradient.d_q);
+    through_state(shape, gradient.d_output, transposed, chunk.start, 1.0F, rows, gradient.d_q, scratch.ahead);
   } else {
     fill_zero(gradient.d_q, rows * ld);
   }
   if (shape.delta) {
-    through_state(shape, gradient.d_values, transposed, chunk.start, -1.0F, rows, gradient.d_k_plus);
+    through_state(shape, gradient.d_values, transposed, chunk.start, -1.0F, rows, gradient.d_k_plus, scratch.ahead);
   } else {
     fill_zero(gradient.d_k_plus, rows * ld);
   }

@@ -44,6 +44,49 @@ struct Worker {
   }
 };
 
+/// Asks for `rows`, of `dim` numbers each, of the chunk of `tokens` tokens from `first` on; `rows` begin `skip` tokens
+/// later.
+template <class SomeRows>
+void ask_for(const SomeRows& rows, std::int64_t dim, std::int64_t first, std::int64_t tokens, std::int64_t skip,
+             Ahead& ahead) {
+  const std::int64_t cut = std::max<std::int64_t>(skip - first, 0);
+  if (rows.data == nullptr || tokens <= cut) return;
+  const std::byte* start = rows.row(first + cut - skip);
+  const std::int64_t bytes = dim * static_cast<std::int64_t>(size_of(rows.dtype));
+  if (rows.stride < 64) {  // several rows a line, or one for all
+    ahead.add(start, 0, rows.stride * (tokens - cut - 1) + bytes, 1);
+  } else {
+    ahead.add(start, rows.stride, bytes, tokens - cut);
+  }
+}
+
+/// What the gradient of chunk `index` of the segment needs last, then what that of the chunk before it needs first.
+void look_ahead(const ChunkShape& shape, const HeadJob& job, const HeadGradients& gradients, std::int64_t index,
+                Worker& worker) {
+  Ahead& ahead = worker.scratch.ahead;
+  const Chunk& chunk = worker.chunk;
+  const KeptChunk* kept = worker.kept.data() + index;
+  const std::int64_t skip = job.first_query();
+  ahead.clear();
+  ahead.add(kept->entry, shape.head_dim * shape.value_stride);
+  ask_for(gradients.q, shape.head_dim, chunk.first, chunk.rows, skip, ahead);
+  ask_for(gradients.k, shape.head_dim, chunk.first, chunk.rows, 0, ahead);
+  ask_for(gradients.v, shape.value_dim, chunk.first, chunk.rows, 0, ahead);
+  const std::int64_t before = chunk.first - shape.chunk;
+  if (before < 0) return;
+  ask_for(job.k, shape.head_dim, before, shape.chunk, 0, ahead);
+  ask_for(job.q, shape.head_dim, before, shape.chunk, skip, ahead);
+  ask_for(job.decay, job.decay_width, before, shape.chunk, 0, ahead);
+  if (!shape.delta) {
+    ask_for(job.v, shape.value_dim, before, shape.chunk, 0, ahead);
+  } else if (index > 0) {
+    ahead.add(kept[-1].corrected, shape.chunk * shape.value_stride);
+    ahead.add(kept[-1].inverse, shape.chunk * shape.pair_stride);
+    if (kept->unweighted != nullptr) ahead.add(kept[-1].unweighted, shape.chunk * shape.value_stride);
+  }
+  ask_for(gradients.o, shape.value_dim, before, shape.chunk, skip, ahead);
+}
+
 void run_head(const LevelKernels& level, const ChunkShape& shape, HeadJob job, const HeadGradients& gradients,
               Worker& worker) {
   const std::int64_t size = state_floats(shape);
@@ -59,6 +102,14 @@ void run_head(const LevelKernels& level, const ChunkShape& shape, HeadJob job, c
     if (kept != nullptr && shape.delta) chunk.inverse = kept->inverse;
     set_range(shape, job, c, chunk);
     level.prepare(shape, job, Purpose::states, chunk, worker.scratch);
+    Ahead& ahead = worker.scratch.ahead;
+    ahead.clear();
+    if (exit != nullptr) ahead.add(exit, shape.head_dim * shape.value_stride);
+    const std::int64_t next = chunk.first + chunk.rows;
+    const std::int64_t count = std::min(shape.chunk, job.tokens - next);
+    ask_for(job.k, shape.head_dim, next, count, 0, ahead);
+    ask_for(job.decay, job.decay_width, next, count, 0, ahead);
+    ask_for(job.v, shape.value_dim, next, count, 0, ahead);
     level.pass(shape, job, chunk, entry, exit, kept, worker.scratch);
   };
   for (std::int64_t c = 0; c < (segments - 1) * segment_chunks; ++c) {
@@ -79,6 +130,7 @@ void run_head(const LevelKernels& level, const ChunkShape& shape, HeadJob job, c
     for (std::int64_t c = last - 1; c >= first; --c) {
       set_range(shape, job, c, worker.chunk);
       level.prepare(shape, job, Purpose::gradient, worker.chunk, worker.scratch);
+      look_ahead(shape, job, gradients, c - first, worker);
       level.backward(shape, job, gradients, worker.chunk, worker.kept[static_cast<std::size_t>(c - first)],
                      worker.scratch, worker.gradient);
     }

@@ -121,9 +121,10 @@ inline void with_constant(std::int64_t count, const Body& body) {
   body(std::integral_constant<int, limit>{});
 }
 
-/// c[rows][columns] from a[rows][steps] and b[steps][columns]; columns are rounded up to 16.
+/// c[rows][columns] from a[rows][steps] and b[steps][columns]; columns are rounded up to 16. `ahead`: what to ask for
+/// meanwhile.
 inline void multiply(const LeftMatrix& a, const RightMatrix& b, const Target& c, std::int64_t rows, std::int64_t steps,
-                     std::int64_t columns, Part part = Part::all) {
+                     std::int64_t columns, Part part = Part::all, Ahead* ahead = nullptr) {
   const std::int64_t panels = (columns + 15) / 16;
   for (std::int64_t panel = 0; panel < panels; panel += kTilePanels) {
     for (std::int64_t row = 0; row < rows; row += kTileRows) {
@@ -140,6 +141,7 @@ inline void multiply(const LeftMatrix& a, const RightMatrix& b, const Target& c,
       const LeftMatrix left{a.data + row * a.row + first_step * a.step, a.row, a.step};
       const RightMatrix right{b.data + first_step * b.step + panel * b.panel, b.step, b.panel};
       const Target target = c.at(row, panel * 16);
+      if (ahead != nullptr) ahead->step();
       with_constant<kTileRows>(tile_rows, [&](auto r) {
         with_constant<kTilePanels>(tile_panels, [&](auto p) {
           constexpr int height = decltype(r)::value;
