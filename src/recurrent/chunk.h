@@ -127,14 +127,14 @@ class Ahead {
   void clear() { count_ = at_ = 0; }
   /// `rows` rows of `bytes`; what does not fit the list is left out.
   void add(const void* data, std::int64_t stride, std::int64_t bytes, std::int64_t rows) {
-    if (data == nullptr || rows <= 0 || bytes <= 0 || count_ == kRanges) return;
+    if (data == nullptr || rows <= 0 || bytes <= 0 || count_ == max_ranges) return;
     ranges_[count_++] = {static_cast<const std::byte*>(data), stride, bytes, rows};
   }
   void add(const float* data, std::int64_t floats) {
     add(data, 0, floats * static_cast<std::int64_t>(sizeof(float)), 1);
   }
   void step() {
-    for (int line = 0; line < kLines && at_ < count_; ++line) {
+    for (int line = 0; line < lines_per_step && at_ < count_; ++line) {
       Range& range = ranges_[at_];
       __builtin_prefetch(range.data + range.offset, 0, 2);
       range.offset += 64;
@@ -153,9 +153,9 @@ class Ahead {
     std::int64_t rows = 0;
     std::int64_t offset = 0;
   };
-  static constexpr int kRanges = 12;
-  static constexpr int kLines = 24;
-  std::array<Range, kRanges> ranges_;
+  static constexpr int max_ranges = 12;
+  static constexpr int lines_per_step = 24;
+  std::array<Range, max_ranges> ranges_;
   std::size_t count_ = 0;
   std::size_t at_ = 0;
 };
