@@ -71,7 +71,7 @@ void BlockCompression::backward(const float* rows, std::int64_t n, const Compres
   std::vector<float> between(static_cast<std::size_t>(hidden));
   std::vector<float> d_between(static_cast<std::size_t>(hidden));
   for (std::int64_t token = 0; token < count(n); ++token, d_out += dim) {
-    block(rows, token, weights, x);
+    if (kind != CompressionKind::mean) block(rows, token, weights, x);
     std::fill(d_x.begin(), d_x.end(), 0.0F);
     if (kind == CompressionKind::linear) {
       add_product_gradient(x.data(), weights.linear, length * dim, dim, d_out, d_x.data(), d_weights.linear);
@@ -88,12 +88,11 @@ void BlockCompression::backward(const float* rows, std::int64_t n, const Compres
       for (std::int64_t p = 0; p < length; ++p) {
         const bool pooled = kind == CompressionKind::pool;
         const float weight = pooled ? weights.pool[static_cast<std::size_t>(p)] : 1.0F / static_cast<float>(length);
+        for (std::int64_t d = 0; d < dim; ++d) d_x[static_cast<std::size_t>(p * dim + d)] = weight * d_out[d];
+        if (!pooled) continue;
         float sum = 0;
-        for (std::int64_t d = 0; d < dim; ++d) {
-          d_x[static_cast<std::size_t>(p * dim + d)] += weight * d_out[d];
-          sum += x[static_cast<std::size_t>(p * dim + d)] * d_out[d];
-        }
-        if (pooled) d_weights.pool[static_cast<std::size_t>(p)] += sum;
+        for (std::int64_t d = 0; d < dim; ++d) sum += x[static_cast<std::size_t>(p * dim + d)] * d_out[d];
+        d_weights.pool[static_cast<std::size_t>(p)] += sum;
       }
     }
     float* first = d_rows + token * stride * dim;

@@ -35,7 +35,8 @@ struct BlockCompression {
   std::int64_t count(std::int64_t rows) const { return rows < length ? 0 : (rows - length) / stride + 1; }
   /// out [count(n)][dim] from rows [n][dim].
   void forward(const float* rows, std::int64_t n, const CompressionWeights& weights, float* out) const;
-  /// Adds to d_rows [n][dim] and to d_weights (sized like the weights) what d_out [count(n)][dim] asks for.
+  /// Adds to d_rows [n][dim] and to d_weights (sized like the weights) what d_out [count(n)][dim] asks for. Means read
+  /// no `rows`.
   void backward(const float* rows, std::int64_t n, const CompressionWeights& weights, const float* d_out, float* d_rows,
                 CompressionWeights& d_weights) const;
 

@@ -14,8 +14,11 @@
 //
 // Backward: the selection is a constant. Selected and window branch: the plan's backward pass under the gated output
 // gradient. Compressed branch: the same over the compressed keys, then through RoPE and compression to keys, weights
-// and positions. Branch outputs are computed again instead of stored. A compressed token that is rounded to 16 bits
-// passes its gradient on as if it were not.
+// and positions. Outputs of the compressed and the window branch are computed again instead of stored. Of the selected
+// one, the costliest, nothing but its product with dO is needed, and sigmoid(gate) dO . O_selected is what the products
+// of dO with the two others leave of dO . O: the saved output and LSE are enough. Where that output has 16 bits, so has
+// this number. Without a saved LSE all three are computed again. A compressed token that is rounded to 16 bits passes
+// its gradient on as if it were not. Times of a backward call count all of it but the plans.
 //
 // Differs from the paper: independent keys and values of the branches are optional (side inputs), as in open versions;
 // blocks after the query's own are left out of the top-k instead of dropped after it, which selects the same since
@@ -45,6 +48,7 @@
 #include "core/error.h"
 #include "core/parallel.h"
 #include "kernels/key_rows.h"
+#include "kernels/workspace.h"
 #include "methods/registry.h"
 #include "score/block_compression.h"
 #include "score/block_importance.h"
@@ -68,6 +72,34 @@ enum Branch : std::size_t { kCompressed, kSelected, kWindow };
 std::int64_t elements_of(const std::array<std::int64_t, 4>& shape) {
   return shape[0] * shape[1] * shape[2] * shape[3];
 }
+
+/// sum(a * b), in a fixed order that compilers vectorise.
+float dot(const float* a, const float* b, std::int64_t count) {
+  constexpr std::int64_t kWidth = 16;
+  float partial[kWidth] = {};
+  std::int64_t d = 0;
+  for (; d + kWidth <= count; d += kWidth) {
+    for (std::int64_t i = 0; i < kWidth; ++i) partial[i] += a[d + i] * b[d + i];
+  }
+  float sum = 0;
+  for (const float part : partial) sum += part;
+  for (; d < count; ++d) sum += a[d] * b[d];
+  return sum;
+}
+
+/// Contiguous tensors of one call in memory that its workspace keeps for the next one; their numbers are undefined.
+class CallTensors {
+ public:
+  explicit CallTensors(Workspace* workspace) : workspace_(workspace) {}
+  MutableTensorView make(DType dtype, const std::array<std::int64_t, 4>& shape) {
+    buffers_.emplace_back(workspace_, static_cast<std::size_t>(elements_of(shape)) * size_of(dtype));
+    return mutable_view_of(buffers_.back().data(), dtype, shape);
+  }
+
+ private:
+  Workspace* workspace_;
+  std::vector<kernels::BorrowedBuffer> buffers_;
+};
 
 /// A contiguous tensor in any attention dtype.
 struct Buffer {
@@ -121,7 +153,7 @@ struct CompressedTokens {
 struct Branches {
   CompressedTokens tokens;
   std::array<Plan, kBranches> plans;
-  std::array<std::vector<float>, kBranches> o;
+  std::array<const float*, kBranches> o{};  ///< null: not run
   std::array<std::vector<float>, kBranches> lse;
   double plan_ms = 0;
   double kernel_ms = 0;
@@ -219,13 +251,14 @@ struct Nsa {
   RunReport attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
                    const PlanContext& context, Plan* executed) const {
     check(problem, inputs);
-    Branches branches = run_branches(problem, inputs, context, nullptr);
+    CallTensors memory(context.run.workspace);
+    Branches branches = run_branches(problem, inputs, context, nullptr, true, memory);
     for_each_row(outputs.o.shape, context.run.threads, [&](std::int64_t b, std::int64_t h, std::int64_t n, int) {
       const std::array<float, kBranches> gates = gates_of(inputs, b, h, n);
       const std::int64_t at = ((b * problem.q_heads + h) * problem.q_len + n) * problem.value_dim;
       std::vector<float> row(static_cast<std::size_t>(problem.value_dim), 0.0F);
       for (std::size_t m = 0; m < kBranches; ++m) {
-        const float* o = branches.o[m].data() + at;
+        const float* o = branches.o[m] + at;
         for (std::size_t d = 0; d < row.size(); ++d) row[d] += gates[m] * o[d];
       }
       from_float(row.data(), problem.value_dim, outputs.o.dtype, outputs.o.row(b, h, n));
@@ -242,50 +275,57 @@ struct Nsa {
                      const Gradients& gradients, const PlanContext& context, const Plan* executed) const {
     check(problem, inputs);
     check_backward(problem, inputs, saved, gradients);
+    const auto start = std::chrono::steady_clock::now();
     const RunOptions& options = context.run;
-    Branches branches = run_branches(problem, inputs, without_state(context), executed);
-    const std::array<Buffer, kBranches> d_o = gate_gradients(problem, inputs, saved, gradients, branches, options);
+    CallTensors memory(options.workspace);
+    Branches branches = run_branches(problem, inputs, without_state(context), executed, saved.lse.empty(), memory);
+    if (!saved.lse.empty()) branches.lse[kSelected].assign(saved.lse.begin(), saved.lse.end());
+    std::array<MutableTensorView, kBranches> d_o;
+    for (MutableTensorView& view : d_o) view = memory.make(saved.d_o.dtype, saved.d_o.shape);
+    const std::vector<float> d_lse = gate_gradients(problem, inputs, saved, gradients, branches, d_o, options);
 
-    // Sums over the branches in float: d_q, and d_k and d_v of every set of keys.
-    const std::array<std::int64_t, 4> k_shape = inputs.k.shape;
-    const std::array<std::int64_t, 4> v_shape = inputs.v.shape;
-    std::vector<float> d_q(static_cast<std::size_t>(elements_of(inputs.q.shape)), 0.0F);
-    std::array<Buffer, kBranches> d_k;
-    std::array<Buffer, kBranches> d_v;
+    // Of every branch in float: d_q, and d_k and d_v of its keys.
+    std::array<MutableTensorView, kBranches> d_q;
+    std::array<MutableTensorView, kBranches> d_k;
+    std::array<MutableTensorView, kBranches> d_v;
     RunReport report;
-    double kernel_ms = branches.kernel_ms;
     for (std::size_t m = 0; m < kBranches; ++m) {
-      d_k[m] = Buffer(DType::f32, m == kCompressed ? branches.tokens.k.view.shape : k_shape);
-      d_v[m] = Buffer(DType::f32, m == kCompressed ? branches.tokens.v.view.shape : v_shape);
       if (m == kCompressed && branches.tokens.most == 0) continue;
-      Buffer own_q(DType::f32, inputs.q.shape);
+      d_q[m] = memory.make(DType::f32, inputs.q.shape);
+      d_k[m] = memory.make(DType::f32, m == kCompressed ? branches.tokens.k.view.shape : inputs.k.shape);
+      d_v[m] = memory.make(DType::f32, m == kCompressed ? branches.tokens.v.view.shape : inputs.v.shape);
       Gradients own;
-      own.d_q = own_q.view;
+      own.d_q = d_q[m];
       if (m == kCompressed) {
-        own.sources.push_back({d_k[m].view, d_v[m].view, {}});
+        own.sources.push_back({d_k[m], d_v[m], {}});
       } else {
-        own.d_k = d_k[m].view;
-        own.d_v = d_v[m].view;
+        own.d_k = d_k[m];
+        own.d_v = d_v[m];
       }
       SavedForward part;
-      part.o = view_of(branches.o[m].data(), DType::f32, saved.o.shape);
+      part.o = branches.o[m] == nullptr ? saved.o : view_of(branches.o[m], DType::f32, saved.d_o.shape);
       part.lse = branches.lse[m];
-      part.d_o = d_o[m].view;
+      part.d_o = view_of(d_o[m].data, d_o[m].dtype, d_o[m].shape);
+      if (branches.o[m] == nullptr) part.d_lse = d_lse;
       report = run_backward(branches.plans[m], branch_inputs(inputs, branches.tokens, m), part, own, options);
-      kernel_ms += report.kernel_ms;
-      const auto* from = reinterpret_cast<const float*>(own_q.bytes.data());
-      for (std::size_t i = 0; i < d_q.size(); ++i) d_q[i] += from[i];
     }
-    write(view_of(d_q.data(), DType::f32, inputs.q.shape), gradients.d_q);
+    write_sum({d_q[kSelected], d_q[kWindow], d_q[kCompressed]}, gradients.d_q, options);
 
-    Buffer compressed_k(DType::f32, k_shape);
-    Buffer compressed_v(DType::f32, v_shape);
-    decompress(problem, inputs, gradients, branches.tokens, d_k[kCompressed], "k", compressed_k, options);
-    decompress(problem, inputs, gradients, branches.tokens, d_v[kCompressed], "v", compressed_v, options);
-    share_out(inputs, gradients, "k", d_k[kSelected], d_k[kWindow], compressed_k, gradients.d_k);
-    share_out(inputs, gradients, "v", d_v[kSelected], d_v[kWindow], compressed_v, gradients.d_v);
+    const MutableTensorView compressed_k = memory.make(DType::f32, inputs.k.shape);
+    const MutableTensorView compressed_v = memory.make(DType::f32, inputs.v.shape);
+    parallel_for(2 * problem.kv_heads, options.threads, [&](std::int64_t i, int) {
+      const std::int64_t h = i / 2;
+      if (i % 2 == 0) {
+        decompress(problem, inputs, gradients, branches.tokens, d_k[kCompressed], "k", h, compressed_k);
+      } else {
+        decompress(problem, inputs, gradients, branches.tokens, d_v[kCompressed], "v", h, compressed_v);
+      }
+    });
+    share_out(inputs, gradients, "k", d_k[kSelected], d_k[kWindow], compressed_k, gradients.d_k, options);
+    share_out(inputs, gradients, "v", d_v[kSelected], d_v[kWindow], compressed_v, gradients.d_v, options);
+    const std::chrono::duration<double, std::milli> all = std::chrono::steady_clock::now() - start;
     report.plan_ms = branches.plan_ms;
-    report.kernel_ms = kernel_ms;
+    report.kernel_ms = all.count() - branches.plan_ms;
     return report;
   }
 
@@ -354,6 +394,14 @@ struct Nsa {
                 saved.d_o.strides[3] == 1,
             "nsa: d_o has shape [{}]; expected [{}] with data in f32, bf16 or f16", fmt::join(saved.d_o.shape, ", "),
             fmt::join(shape, ", "));
+    const std::int64_t rows = batch * problem.q_heads * problem.q_len;
+    require(saved.lse.empty() || static_cast<std::int64_t>(saved.lse.size()) == rows,
+            "nsa: lse has {} elements; expected {}, or none where the selected branch is to be run again",
+            saved.lse.size(), rows);
+    require(saved.lse.empty() || (saved.o.data != nullptr && is_attention_dtype(saved.o.dtype) &&
+                                  saved.o.shape == shape && saved.o.strides[3] == 1),
+            "nsa: o has shape [{}]; expected [{}] with data in f32, bf16 or f16 beside an LSE",
+            fmt::join(saved.o.shape, ", "), fmt::join(shape, ", "));
     require(saved.d_lse.empty(), "nsa: a gated sum has no LSE; d_lse has {} elements", saved.d_lse.size());
     require(!inputs.pages.used(), "nsa: keys lie in pages; the backward pass needs them in one tensor");
     const auto fits = [](const MutableTensorView& view, const TensorView& like, std::string_view name) {
@@ -482,44 +530,41 @@ struct Nsa {
     }
   }
 
-  /// Gradients of compressed tokens to the rows they came from, and to the weights.
+  /// Gradients of one kv head's compressed tokens to the rows they came from, and to the weights.
   void decompress(const Problem& problem, const AttentionInputs& inputs, const Gradients& gradients,
-                  const CompressedTokens& tokens, const Buffer& d_tokens, const std::string& of, const Buffer& d_rows,
-                  const RunOptions& options) const {
+                  const CompressedTokens& tokens, const MutableTensorView& d_tokens, const std::string& of,
+                  std::int64_t h, const MutableTensorView& d_rows) const {
     const std::int64_t dim = of == "k" ? problem.head_dim : problem.value_dim;
     const BlockCompression compression = compression_of(inputs, of, dim);
     const bool turn = of == "k" && inputs.find_side("k_compress") != nullptr;
-    parallel_for(problem.kv_heads, options.threads, [&](std::int64_t h, int) {
-      const CompressionWeights weights = weights_of(inputs, of, h);
-      CompressionWeights d_weights = weights;
-      for (const auto& [name, member] : names_of_weights(of))
-        std::fill((d_weights.*member).begin(), (d_weights.*member).end(), 0.0F);
-      for (std::int64_t s = 0; s < problem.batch; ++s) {
-        const std::int64_t count = tokens.counts[static_cast<std::size_t>(s)];
-        std::vector<float> d_out(static_cast<std::size_t>(count * dim));
-        for (std::int64_t t = 0; t < count; ++t) {
-          float* row = d_out.data() + t * dim;
-          to_float(d_tokens.view.row(s, h, t), DType::f32, dim, row);
-          if (turn) rotate(row, dim, t * params.stride, params.rope_theta, -1);
-        }
-        const std::int64_t keys = problem.kv_len_of(s);
-        std::vector<float> own(static_cast<std::size_t>(keys * dim), 0.0F);
-        compression.backward(rows_of(problem, inputs, of, s, h, 0).data(), keys, weights, d_out.data(), own.data(),
-                             d_weights);
-        for (std::int64_t n = 0; n < keys; ++n) {
-          from_float(own.data() + n * dim, dim, DType::f32,
-                     d_rows.view.row(problem.tensor_batch_of(s), h, problem.kv_begin_of(s) + n));
-        }
+    const CompressionWeights weights = weights_of(inputs, of, h);
+    CompressionWeights d_weights = weights;
+    for (const auto& [name, member] : names_of_weights(of))
+      std::fill((d_weights.*member).begin(), (d_weights.*member).end(), 0.0F);
+    for (std::int64_t s = 0; s < problem.batch; ++s) {
+      const std::int64_t keys = problem.kv_len_of(s);
+      if (keys == 0) continue;
+      auto* own = reinterpret_cast<float*>(d_rows.row(problem.tensor_batch_of(s), h, problem.kv_begin_of(s)));
+      std::fill_n(own, keys * dim, 0.0F);
+      const std::int64_t count = tokens.counts[static_cast<std::size_t>(s)];
+      if (count == 0) continue;
+      auto* d_out = reinterpret_cast<float*>(d_tokens.row(s, h, 0));
+      for (std::int64_t t = 0; turn && t < count; ++t) {
+        rotate(d_out + t * dim, dim, t * params.stride, params.rope_theta, -1);
       }
-      for (const auto& [name, member] : names_of_weights(of)) {
-        const MutableTensorView* to = gradients.find_side(name);
-        if (to == nullptr || to->data == nullptr) continue;
-        for (std::int64_t i = 0; i < to->shape[2]; ++i) {
-          if ((d_weights.*member).empty()) break;
-          from_float((d_weights.*member).data() + i * to->shape[3], to->shape[3], to->dtype, to->row(0, h, i));
-        }
+      // The derivative of a mean reads no rows.
+      const std::vector<float> rows =
+          params.compress == CompressionKind::mean ? std::vector<float>() : rows_of(problem, inputs, of, s, h, 0);
+      compression.backward(rows.data(), keys, weights, d_out, own, d_weights);
+    }
+    for (const auto& [name, member] : names_of_weights(of)) {
+      const MutableTensorView* to = gradients.find_side(name);
+      if (to == nullptr || to->data == nullptr) continue;
+      for (std::int64_t i = 0; i < to->shape[2]; ++i) {
+        if ((d_weights.*member).empty()) break;
+        from_float((d_weights.*member).data() + i * to->shape[3], to->shape[3], to->dtype, to->row(0, h, i));
       }
-    });
+    }
   }
 
   // ---- plans
@@ -658,9 +703,10 @@ struct Nsa {
     return own;
   }
 
-  /// `selected` is the plan of an earlier call with these inputs, or null.
+  /// `selected` is the plan of an earlier call with these inputs, or null; that branch is run where asked for. Outputs
+  /// lie in `memory`.
   Branches run_branches(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context,
-                        const Plan* selected) const {
+                        const Plan* selected, bool run_selected, CallTensors& memory) const {
     const RunOptions& options = context.run;
     const auto start = std::chrono::steady_clock::now();
     Branches branches;
@@ -672,13 +718,17 @@ struct Nsa {
     const std::int64_t batch = problem.variable_length() ? 1 : problem.batch;
     const std::array<std::int64_t, 4> shape{batch, problem.q_heads, problem.q_len, problem.value_dim};
     for (std::size_t m = 0; m < kBranches; ++m) {
-      branches.o[m].assign(static_cast<std::size_t>(elements_of(shape)), 0.0F);
+      if (m == kSelected && !run_selected) continue;
+      const MutableTensorView o = memory.make(DType::f32, shape);
+      branches.o[m] = reinterpret_cast<const float*>(o.data);
       branches.lse[m].assign(static_cast<std::size_t>(batch * problem.q_heads * problem.q_len),
                              -std::numeric_limits<float>::infinity());
-      if (m == kCompressed && branches.tokens.most == 0) continue;
+      if (m == kCompressed && branches.tokens.most == 0) {
+        std::fill_n(reinterpret_cast<float*>(o.data), elements_of(shape), 0.0F);
+        continue;
+      }
       const RunReport report =
-          run(branches.plans[m], branch_inputs(inputs, branches.tokens, m),
-              {mutable_view_of(branches.o[m].data(), DType::f32, shape), branches.lse[m]}, options);
+          run(branches.plans[m], branch_inputs(inputs, branches.tokens, m), {o, branches.lse[m]}, options);
       branches.kernel_ms += report.kernel_ms;
       if (m == kSelected) branches.report = report;
     }
@@ -700,59 +750,82 @@ struct Nsa {
     return gates;
   }
 
-  /// Output gradients of the branches; writes those of the gate logits.
-  std::array<Buffer, kBranches> gate_gradients(const Problem& problem, const AttentionInputs& inputs,
-                                               const SavedForward& saved, const Gradients& gradients,
-                                               const Branches& branches, const RunOptions& options) const {
-    std::array<Buffer, kBranches> d_o;
-    for (Buffer& buffer : d_o) buffer = Buffer(saved.d_o.dtype, saved.d_o.shape);
+  /// Writes the output gradients of the branches to d_o[m], and those of the gate logits. Where the selected
+  /// branch was not run: returns the gradient of its LSE that turns dO_selected . O into dO_selected . O_selected.
+  std::vector<float> gate_gradients(const Problem& problem, const AttentionInputs& inputs, const SavedForward& saved,
+                                    const Gradients& gradients, const Branches& branches,
+                                    const std::array<MutableTensorView, kBranches>& d_o,
+                                    const RunOptions& options) const {
+    const bool from_sum = branches.o[kSelected] == nullptr;
     const MutableTensorView* d_logits = gradients.find_side("gate_logits");
     const std::int64_t dim = problem.value_dim;
-    for_each_row(saved.d_o.shape, options.threads, [&](std::int64_t b, std::int64_t h, std::int64_t n, int) {
+    std::vector<float> d_lse(from_sum ? branches.lse[kSelected].size() : 0);
+    std::vector<std::vector<float>> scratch(static_cast<std::size_t>(thread_count(options.threads)));
+    for_each_row(saved.d_o.shape, options.threads, [&](std::int64_t b, std::int64_t h, std::int64_t n, int thread) {
+      std::vector<float>& own = scratch[static_cast<std::size_t>(thread)];
+      own.resize(static_cast<std::size_t>(3 * dim));
+      float* given = own.data();
+      float* scaled = given + dim;
+      float* o = scaled + dim;
       const std::array<float, kBranches> gates = gates_of(inputs, b, h, n);
-      std::vector<float> row(static_cast<std::size_t>(dim));
-      std::vector<float> scaled(row.size());
-      to_float(saved.d_o.row(b, h, n), saved.d_o.dtype, dim, row.data());
+      const std::int64_t row = (b * problem.q_heads + h) * problem.q_len + n;
+      to_float(saved.d_o.row(b, h, n), saved.d_o.dtype, dim, given);
+      if (from_sum) to_float(saved.o.row(b, h, n), saved.o.dtype, dim, o);
+      std::array<float, kBranches> shares{};  // gate * dO . O_branch
       for (std::size_t m = 0; m < kBranches; ++m) {
-        const float* o = branches.o[m].data() + ((b * problem.q_heads + h) * problem.q_len + n) * dim;
-        float d_gate = 0;
-        for (std::size_t d = 0; d < row.size(); ++d) {
-          d_gate += row[d] * o[d];
-          scaled[d] = gates[m] * row[d];
-        }
-        from_float(scaled.data(), dim, d_o[m].view.dtype, d_o[m].view.row(b, h, n));
-        if (d_logits == nullptr || d_logits->data == nullptr) continue;
+        if (branches.o[m] != nullptr) shares[m] = gates[m] * dot(given, branches.o[m] + row * dim, dim);
+        for (std::int64_t d = 0; d < dim; ++d) scaled[d] = gates[m] * given[d];
+        std::byte* to = d_o[m].row(b, h, n);
+        from_float(scaled, dim, d_o[m].dtype, to);
+        if (m != kSelected || !from_sum) continue;
+        to_float(to, d_o[m].dtype, dim, scaled);  // as rounded
+        d_lse[static_cast<std::size_t>(row)] = dot(scaled, o, dim);
+      }
+      if (from_sum) {
+        shares[kSelected] = dot(given, o, dim) - shares[kCompressed] - shares[kWindow];
+        d_lse[static_cast<std::size_t>(row)] -= shares[kSelected];
+      }
+      for (std::size_t m = 0; m < kBranches && d_logits != nullptr && d_logits->data != nullptr; ++m) {
         store_from_float(d_logits->row(b, h, n), d_logits->dtype, static_cast<std::int64_t>(m),
-                         d_gate * gates[m] * (1 - gates[m]));
+                         shares[m] * (1 - gates[m]));
       }
     });
-    return d_o;
+    return d_lse;
   }
 
-  static void write(const TensorView& from, const MutableTensorView& to) {
+  /// to = sum of float tensors of its shape; those without data count as 0.
+  static void write_sum(const std::array<MutableTensorView, kBranches>& from, const MutableTensorView& to,
+                        const RunOptions& options) {
     if (to.data == nullptr) return;
-    for_each_row(to.shape, 1, [&](std::int64_t b, std::int64_t h, std::int64_t n, int) {
-      from_float(reinterpret_cast<const float*>(from.row(b, h, n)), to.shape[3], to.dtype, to.row(b, h, n));
+    const std::int64_t dim = to.shape[3];
+    std::vector<std::vector<float>> scratch(static_cast<std::size_t>(thread_count(options.threads)));
+    for_each_row(to.shape, options.threads, [&](std::int64_t b, std::int64_t h, std::int64_t n, int thread) {
+      std::vector<float>& sum = scratch[static_cast<std::size_t>(thread)];
+      sum.assign(static_cast<std::size_t>(dim), 0.0F);
+      for (const MutableTensorView& tensor : from) {
+        if (tensor.data == nullptr) continue;
+        const auto* row = reinterpret_cast<const float*>(tensor.row(b, h, n));
+        for (std::int64_t d = 0; d < dim; ++d) sum[d] += row[d];
+      }
+      from_float(sum.data(), dim, to.dtype, to.row(b, h, n));
     });
   }
 
   /// Gradients of the three uses of keys (or values) to the tensors they were read from.
   static void share_out(const AttentionInputs& inputs, const Gradients& gradients, const std::string& of,
-                        const Buffer& selected, const Buffer& window, const Buffer& compressed,
-                        const MutableTensorView& to) {
-    auto* sum = reinterpret_cast<float*>(selected.view.data);
-    const std::int64_t count = elements_of(selected.view.shape);
-    const auto place = [&](const std::string& name, const Buffer& own) {
+                        const MutableTensorView& selected, const MutableTensorView& window,
+                        const MutableTensorView& compressed, const MutableTensorView& to, const RunOptions& options) {
+    std::array<MutableTensorView, kBranches> same{selected, {}, {}};
+    const auto place = [&](const std::string& name, const MutableTensorView& own, MutableTensorView& among) {
       if (inputs.find_side(name) == nullptr) {
-        const auto* from = reinterpret_cast<const float*>(own.view.data);
-        for (std::int64_t i = 0; i < count; ++i) sum[i] += from[i];
+        among = own;
       } else if (const MutableTensorView* side = gradients.find_side(name)) {
-        write(own.view, *side);
+        write_sum({own, {}, {}}, *side, options);
       }
     };
-    place(of + "_window", window);
-    place(of + "_compress", compressed);
-    write(selected.view, to);
+    place(of + "_window", window, same[1]);
+    place(of + "_compress", compressed, same[2]);
+    write_sum(same, to, options);
   }
 
   Params params;

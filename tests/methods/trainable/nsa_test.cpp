@@ -359,14 +359,24 @@ struct NsaGradients {
   }
 };
 
-NsaGradients gradients_of(const NsaCase& c, const NsaSettings& settings, int threads = 0, const Plan* plan = nullptr) {
+/// With the forward pass's output and LSE, or without: then every branch is run again.
+NsaGradients gradients_of(const NsaCase& c, const NsaSettings& settings, bool with_saved, int threads = 0,
+                          const Plan* plan = nullptr) {
   NsaGradients gradients(c);
-  SavedForward saved;
-  saved.d_o = c.tensors.at("d_o").view();
-  saved.o = saved.d_o;  // only its shape is read: branch outputs are computed again
+  const auto method = make_method(settings.spec());
   PlanContext context;
   context.run.threads = threads;
-  make_method(settings.spec())->backward(c.problem, c.inputs(), saved, gradients.views, context, plan);
+  const NsaCase::Tensor& d_o = c.tensors.at("d_o");
+  NsaCase::Tensor o{d_o.shape, std::vector<float>(d_o.values.size())};
+  std::vector<float> lse(static_cast<std::size_t>(c.problem.q_heads * c.problem.q_len));
+  SavedForward saved;
+  saved.d_o = d_o.view();
+  if (with_saved) {
+    method->attend(c.problem, c.inputs(), {mutable_view_of(o.values.data(), DType::f32, o.shape), lse}, context);
+    saved.o = o.view();
+    saved.lse = lse;
+  }
+  method->backward(c.problem, c.inputs(), saved, gradients.views, context, plan);
   return gradients;
 }
 
@@ -376,7 +386,8 @@ TEST(Nsa, GradientsMatchCentralDifferencesOfTheDefinition) {
     const NsaCase c(settings, 20, 37, ++seed);
     NsaCase::Numbers x = c.numbers();
     const auto selected = c.selection(x);
-    const NsaGradients gradients = gradients_of(c, settings);
+    const NsaGradients again = gradients_of(c, settings, false);
+    const NsaGradients gradients = gradients_of(c, settings, true);
     const auto loss = [&] {
       const auto o = c.outputs(x, selected);
       double sum = 0;
@@ -399,6 +410,8 @@ TEST(Nsa, GradientsMatchCentralDifferencesOfTheDefinition) {
         // Float sums of a few hundred terms of size 1 to 10.
         ASSERT_NEAR(actual[i], expected, 2e-5 * (1 + std::fabs(expected)))
             << settings.spec() << " " << name << " element " << i;
+        ASSERT_NEAR(again.values.at(name)[i], expected, 2e-5 * (1 + std::fabs(expected)))
+            << settings.spec() << " " << name << " element " << i;
       }
     }
   }
@@ -407,10 +420,10 @@ TEST(Nsa, GradientsMatchCentralDifferencesOfTheDefinition) {
 TEST(Nsa, GradientsDoNotDependOnThreadsOrOnTheGivenPlan) {
   const NsaSettings settings = all_settings()[3];
   const NsaCase c(settings, 70, 90);
-  const auto one = gradients_of(c, settings, 1);
-  const auto two = gradients_of(c, settings, 2);
+  const auto one = gradients_of(c, settings, true, 1);
+  const auto two = gradients_of(c, settings, true, 2);
   const Plan plan = make_method(settings.spec())->plan(c.problem, c.inputs(), {});
-  const auto given = gradients_of(c, settings, 3, &plan);
+  const auto given = gradients_of(c, settings, true, 3, &plan);
   EXPECT_EQ(one.values, two.values);
   EXPECT_EQ(one.values, given.values);
 }
@@ -456,7 +469,7 @@ TEST(Nsa, FewerKeysThanABlockGiveNoCompressedOutput) {
   settings = NsaSettings{};
   const NsaCase gated(settings, 7, 7);
   for (const float x : output_of(settings.spec(), gated)) EXPECT_TRUE(std::isfinite(x));
-  for (const auto& [name, values] : gradients_of(gated, settings).values) {
+  for (const auto& [name, values] : gradients_of(gated, settings, true).values) {
     for (const float x : values) ASSERT_TRUE(std::isfinite(x)) << name;
   }
 }
@@ -522,12 +535,12 @@ TEST(Nsa, DocumentsDoNotSeeEachOther) {
       return o;
     };
     const auto together = attend(packed);
-    const auto gradients = gradients_of(packed, settings);
+    const auto gradients = gradients_of(packed, settings, true);
     const NsaCase* documents[] = {&a, &b};
     std::map<std::string, std::vector<float>> weight_sums;
     for (std::size_t i = 0; i < 2; ++i) {
       const auto alone = attend(*documents[i]);
-      const auto own = gradients_of(*documents[i], settings);
+      const auto own = gradients_of(*documents[i], settings, true);
       const auto compare = [&](const std::vector<float>& part, const std::vector<float>& whole, std::int64_t heads,
                                std::int64_t rows, std::int64_t all_rows, std::int64_t begin, std::int64_t dim) {
         for (std::int64_t h = 0; h < heads; ++h) {
@@ -693,6 +706,60 @@ TEST_P(NsaShapes, RunsOnEveryKindOfInput) {
 
 INSTANTIATE_TEST_SUITE_P(Shapes, NsaShapes, testing::ValuesIn(test::all_shapes()),
                          [](const auto& shape) { return shape.param.name; });
+
+TEST(Nsa, GradientsFromASavedOutputOfSixteenBits) {
+  const AttentionCase input(
+      {.name = "bf16", .q_heads = 4, .kv_heads = 2, .q_len = 80, .kv_len = 80, .dtype = DType::bf16});
+  const auto method = make_method("nsa:length=8,stride=4,block_size=16,top_k=3,window=20");
+  const std::array<std::int64_t, 4> shape{1, 4, 80, 8};
+  std::vector<float> d_o(4 * 80 * 8);
+  for (std::size_t i = 0; i < d_o.size(); ++i) d_o[i] = std::sin(static_cast<float>(i) * 0.7F);
+  const auto gradient = [&](DType dtype, bool with_saved) {
+    std::vector<std::byte> o(d_o.size() * size_of(dtype));
+    std::vector<float> lse(4 * 80);
+    std::vector<float> d_k(2 * 80 * 16);
+    method->attend(input.problem, input.inputs, {mutable_view_of(o.data(), dtype, shape), lse}, {});
+    SavedForward saved;
+    saved.d_o = view_of(d_o.data(), DType::f32, shape);
+    if (with_saved) {
+      saved.o = view_of(o.data(), dtype, shape);
+      saved.lse = lse;
+    }
+    Gradients gradients;
+    gradients.d_k = mutable_view_of(d_k.data(), DType::f32, {1, 2, 80, 16});
+    method->backward(input.problem, input.inputs, saved, gradients, {});
+    return d_k;
+  };
+  const auto exact = gradient(DType::f32, false);
+  const auto error = [&](const std::vector<float>& other) {
+    double difference = 0;
+    double size = 0;
+    for (std::size_t i = 0; i < exact.size(); ++i) {
+      difference += std::pow(static_cast<double>(exact[i]) - other[i], 2);
+      size += std::pow(static_cast<double>(exact[i]), 2);
+    }
+    return std::sqrt(difference / size);
+  };
+  EXPECT_LT(error(gradient(DType::f32, true)), 1e-5);
+  EXPECT_LT(error(gradient(DType::bf16, true)), 5e-3);
+}
+
+TEST(Nsa, RefusesASavedForwardThatDoesNotFit) {
+  const NsaSettings settings;
+  const NsaCase c(settings, 20, 37);
+  NsaGradients gradients(c);
+  const std::vector<float> lse(static_cast<std::size_t>(c.problem.q_heads * c.problem.q_len));
+  SavedForward saved;
+  saved.d_o = c.tensors.at("d_o").view();
+  const auto refuses = [&] {
+    EXPECT_THROW(make_method(settings.spec())->backward(c.problem, c.inputs(), saved, gradients.views, {}), Error);
+  };
+  saved.lse = lse;  // an LSE without an output
+  refuses();
+  saved.o = saved.d_o;
+  saved.lse = std::span(lse).first(lse.size() - 1);
+  refuses();
+}
 
 TEST(Nsa, SixteenBitGradientsAreNearTheFloatOnes) {
   const AttentionCase input(
