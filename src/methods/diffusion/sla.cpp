@@ -8,10 +8,15 @@
 // scope=all is the authors' later code: the linear branch reads every key, with 1e-5 in the denominator. Ranking needs
 // neither the smoothing of K (a shift of all keys moves a row's scores alike), nor scale and softmax (monotone). The
 // reference does not guard a critical count of 0; here one tile is always critical. Attention is bidirectional.
+//
+// Backward: the selection is a constant. The sparse branch needs of its own output only dO . O_sparse, which is what
+// dO . (O_linear W + b) leaves of dO . O: a gradient of its LSE, so that the saved output and LSE are enough. Without a
+// saved LSE the sparse branch is run again. Without W, b and their gradients there is no linear branch.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 
+#include "core/convert.h"
 #include "core/error.h"
 #include "core/parallel.h"
 #include "methods/linear_branch.h"
@@ -173,27 +178,49 @@ class SparseLinear {
     std::optional<Plan> decided;
     if (executed == nullptr) decided = plan(problem, inputs, context);
     const Plan& sparse = executed != nullptr ? *executed : *decided;
-    // The saved output holds both branches; the sparse one alone is what its gradients need.
-    Buffers own(problem, inputs);
-    run(sparse, inputs, own.sparse_outputs(), context.run);
-    SavedForward sparse_saved;
-    sparse_saved.o = own.sparse_outputs().o;
-    sparse_saved.lse = own.lse;
-    sparse_saved.d_o = saved.d_o;
-    sparse_saved.d_lse = saved.d_lse;
-    Gradients sparse_gradients;
-    sparse_gradients.d_q = own.d_q_view();
-    sparse_gradients.d_k = own.d_k_view();
-    sparse_gradients.d_v = own.d_v_view();
-    RunReport report = run_backward(sparse, inputs, sparse_saved, sparse_gradients, context.run);
+    SavedForward of_sparse = saved;
+    std::vector<float> o;
+    std::vector<float> lse;
+    if (saved.lse.empty()) {
+      const std::array<std::int64_t, 4> shape{inputs.q.batch(), problem.q_heads, problem.q_len, problem.value_dim};
+      lse.resize(static_cast<std::size_t>(shape[0] * shape[1] * shape[2]));
+      o.resize(lse.size() * static_cast<std::size_t>(problem.value_dim));
+      run(sparse, inputs, {mutable_view_of(o.data(), DType::f32, shape), lse}, context.run);
+      of_sparse.o = view_of(o.data(), DType::f32, shape);
+      of_sparse.lse = lse;
+    }
+    Gradients own;
+    own.d_q = gradients.d_q;
+    own.d_k = gradients.d_k;
+    own.d_v = gradients.d_v;
     const Projection projection(problem, inputs);
-    LinearGradients linear(problem);
-    linear_backward(problem, inputs, projection, saved.d_o, own, linear, context);
-    write(own.d_q_view(), gradients.d_q);
-    write(own.d_k_view(), gradients.d_k);
-    write(own.d_v_view(), gradients.d_v);
-    write_side(problem, linear.weight, gradients.find_side("projection"), problem.value_dim);
-    write_side(problem, linear.bias, gradients.find_side("bias"), 1);
+    const auto wanted = [&](std::string_view name) {
+      const MutableTensorView* side = gradients.find_side(name);
+      return side != nullptr && side->data != nullptr;
+    };
+    RunReport report;
+    if (projection.given || wanted("projection") || wanted("bias")) {
+      const Buffers linear(problem, inputs);
+      LinearGradients learned(problem);
+      std::vector<float> d_lse(static_cast<std::size_t>(inputs.q.batch() * problem.q_heads * problem.q_len), 0.0F);
+      require(saved.d_lse.empty() || saved.d_lse.size() == d_lse.size(), "sla: d_lse has {} elements; expected {}",
+              saved.d_lse.size(), d_lse.size());
+      linear_backward(problem, inputs, projection, saved.d_o, linear, d_lse, learned, context);
+      for (std::size_t i = 0; i < saved.d_lse.size(); ++i) d_lse[i] += saved.d_lse[i];
+      if (!saved.lse.empty()) of_sparse.d_lse = d_lse;
+      const Buffers part(problem, inputs);
+      own.d_q = part.d_q;
+      own.d_k = part.d_k;
+      own.d_v = part.d_v;
+      report = run_backward(sparse, inputs, of_sparse, own, context.run);
+      write_sum(part.d_q, linear.d_q, gradients.d_q, context.run.threads);
+      write_sum(part.d_k, linear.d_k, gradients.d_k, context.run.threads);
+      write_sum(part.d_v, linear.d_v, gradients.d_v, context.run.threads);
+      write_side(problem, learned.weight, gradients.find_side("projection"), problem.value_dim);
+      write_side(problem, learned.bias, gradients.find_side("bias"), 1);
+    } else {
+      report = run_backward(sparse, inputs, of_sparse, own, context.run);
+    }
     report.kernel_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
     return report;
   }
@@ -235,32 +262,20 @@ class SparseLinear {
     }
   };
 
-  /// Float gradients and the sparse branch of a backward call, contiguous [B, H, N, D].
+  /// Float gradients of one branch, contiguous [B, H, N, D], zero at first.
   struct Buffers {
-    std::array<std::int64_t, 4> o_shape;
-    std::array<std::int64_t, 4> q_shape;
-    std::array<std::int64_t, 4> k_shape;
-    std::array<std::int64_t, 4> v_shape;
-    std::vector<float> o, lse, d_q, d_k, d_v;
+    std::vector<float> q, k, v;
+    MutableTensorView d_q, d_k, d_v;
 
-    Buffers(const Problem& p, const AttentionInputs& inputs)
-        : o_shape{inputs.q.batch(), p.q_heads, p.q_len, p.value_dim},
-          q_shape(inputs.q.shape),
-          k_shape(inputs.k.shape),
-          v_shape(inputs.v.shape) {
-      const auto size = [](const std::array<std::int64_t, 4>& s) {
-        return static_cast<std::size_t>(s[0] * s[1] * s[2] * s[3]);
-      };
-      o.resize(size(o_shape));
-      lse.resize(static_cast<std::size_t>(o_shape[0] * o_shape[1] * o_shape[2]));
-      d_q.resize(size(q_shape));
-      d_k.resize(size(k_shape));
-      d_v.resize(size(v_shape));
+    Buffers(const Problem& p, const AttentionInputs& inputs) {
+      d_q = make(q, {inputs.q.batch(), p.q_heads, p.q_len, p.head_dim});
+      d_k = make(k, {inputs.k.batch(), p.kv_heads, p.kv_len, p.head_dim});
+      d_v = make(v, {inputs.v.batch(), p.kv_heads, p.kv_len, p.value_dim});
     }
-    AttentionOutputs sparse_outputs() { return {mutable_view_of(o.data(), DType::f32, o_shape), lse}; }
-    MutableTensorView d_q_view() { return mutable_view_of(d_q.data(), DType::f32, q_shape); }
-    MutableTensorView d_k_view() { return mutable_view_of(d_k.data(), DType::f32, k_shape); }
-    MutableTensorView d_v_view() { return mutable_view_of(d_v.data(), DType::f32, v_shape); }
+    static MutableTensorView make(std::vector<float>& memory, const std::array<std::int64_t, 4>& shape) {
+      memory.resize(static_cast<std::size_t>(shape[0] * shape[1] * shape[2] * shape[3]));
+      return mutable_view_of(memory.data(), DType::f32, shape);
+    }
   };
 
   /// Gradients of projection [heads][in][out] and bias [heads][out].
@@ -410,10 +425,12 @@ class SparseLinear {
                   });
   }
 
-  /// Adds the linear branch's gradients to the buffers. dH and dz of every query tile are kept, because a key tile
+  /// Adds the linear branch's gradients to the buffers, and dO . (O_linear W + b) to `shares`, laid out like an LSE. dH
+  /// and dz of every query tile are kept, because a key tile
   /// needs the sum over the query tiles that marked it.
   void linear_backward(const Problem& problem, const AttentionInputs& inputs, const Projection& projection,
-                       const TensorView& d_o, Buffers& own, LinearGradients& linear, const PlanContext& context) const {
+                       const TensorView& d_o, const Buffers& own, std::span<float> shares, LinearGradients& linear,
+                       const PlanContext& context) const {
     const std::int64_t dim = problem.head_dim;
     const std::int64_t value_dim = problem.value_dim;
     const Means means(problem, inputs, params_, context.run.threads);
@@ -436,7 +453,7 @@ class SparseLinear {
             const std::int64_t rows = std::min(params_.block_q, queries - first);
             d_weight[static_cast<std::size_t>(tile)] =
                 query_tile_backward(problem, inputs, projection, d_o, states, marked, s, head, first, rows,
-                                    d_states.matrix(tile), d_states.vector(tile), own);
+                                    d_states.matrix(tile), d_states.vector(tile), own, shares);
           });
           // In order of the tiles: the sums do not depend on threads.
           auto& weight = linear.weight[static_cast<std::size_t>(head)];
@@ -460,7 +477,7 @@ class SparseLinear {
                                          const Projection& projection, const TensorView& d_o, const TileStates& states,
                                          std::span<const std::uint8_t> marked, std::int64_t s, std::int64_t head,
                                          std::int64_t first, std::int64_t rows, float* d_matrix, float* d_vector,
-                                         Buffers& own) const {
+                                         const Buffers& own, std::span<float> shares) const {
     const std::int64_t dim = problem.head_dim;
     const std::int64_t value_dim = problem.value_dim;
     const LinearTile tile = linear_tile(problem, inputs, states, marked, s, head, first, rows);
@@ -517,10 +534,19 @@ class SparseLinear {
       }
     }
     feature_map_backward(params_.map, rows, dim, tile.x.data(), tile.phi.data(), d_phi.data());
-    const MutableTensorView d_q = own.d_q_view();
+    const std::int64_t first_share =
+        (problem.tensor_batch_of(s) * problem.q_heads + head) * problem.q_len + problem.q_begin_of(s) + first;
+    const float* bias = projection.bias_of(head);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      float& share = shares[static_cast<std::size_t>(first_share + r)];
+      share += delta[static_cast<std::size_t>(r)];
+      for (std::int64_t d = 0; d < value_dim; ++d) {
+        share += d_out[static_cast<std::size_t>(r * value_dim + d)] * bias[d];
+      }
+    }
     for (std::int64_t r = 0; r < rows; ++r) {
       auto* row =
-          reinterpret_cast<float*>(d_q.row(problem.tensor_batch_of(s), head, problem.q_begin_of(s) + first + r));
+          reinterpret_cast<float*>(own.d_q.row(problem.tensor_batch_of(s), head, problem.q_begin_of(s) + first + r));
       for (std::int64_t d = 0; d < dim; ++d) row[d] += d_phi[static_cast<std::size_t>(r * dim + d)];
     }
     return d_weight;
@@ -530,7 +556,7 @@ class SparseLinear {
   /// this key tile.
   void key_tile_backward(const Problem& problem, const AttentionInputs& inputs, const TileStates& d_states,
                          std::span<const std::uint8_t> marked_by, std::int64_t s, std::int64_t kv_head,
-                         std::int64_t tile, Buffers& own) const {
+                         std::int64_t tile, const Buffers& own) const {
     const std::int64_t dim = problem.head_dim;
     const std::int64_t value_dim = problem.value_dim;
     const std::int64_t first = tile * params_.block_k;
@@ -564,24 +590,32 @@ class SparseLinear {
         for (std::int64_t d = 0; d < width; ++d) row[d] += rows[static_cast<std::size_t>(i * width + d)];
       }
     };
-    add(own.d_k_view(), d_phi);
-    add(own.d_v_view(), d_v);
+    add(own.d_k, d_phi);
+    add(own.d_v, d_v);
   }
 
-  static void write(const TensorView& from, const MutableTensorView& to) {
+  /// to = a + b, which are floats of its shape.
+  static void write_sum(const MutableTensorView& a, const MutableTensorView& b, const MutableTensorView& to,
+                        int threads) {
     if (to.data == nullptr) return;
-    require(to.shape == from.shape && is_attention_dtype(to.dtype),
+    require(to.shape == a.shape && is_attention_dtype(to.dtype) && to.strides[3] == 1,
             "sla: a gradient is {} [{}]; expected f32, bf16 or f16 [{}]", name_of(to.dtype), fmt::join(to.shape, ", "),
-            fmt::join(from.shape, ", "));
-    for (std::int64_t b = 0; b < from.batch(); ++b) {
-      for (std::int64_t h = 0; h < from.heads(); ++h) {
-        for (std::int64_t n = 0; n < from.tokens(); ++n) {
-          for (std::int64_t d = 0; d < from.dim(); ++d) {
-            store_from_float(to.row(b, h, n), to.dtype, d, load_as_float(from.row(b, h, n), DType::f32, d));
-          }
-        }
+            fmt::join(a.shape, ", "));
+    constexpr std::int64_t chunk = 64;
+    const auto [batch, heads, tokens, dim] = to.shape;
+    const std::int64_t chunks = (tokens + chunk - 1) / chunk;
+    const auto write_chunk = [&, heads = heads, tokens = tokens, dim = dim](std::int64_t i, int) {
+      std::vector<float> sum(static_cast<std::size_t>(dim));
+      const std::int64_t batch_row = i / chunks / heads;
+      const std::int64_t head = i / chunks % heads;
+      for (std::int64_t n = i % chunks * chunk; n < std::min(tokens, (i % chunks + 1) * chunk); ++n) {
+        const auto* x = reinterpret_cast<const float*>(a.row(batch_row, head, n));
+        const auto* y = reinterpret_cast<const float*>(b.row(batch_row, head, n));
+        for (std::int64_t d = 0; d < dim; ++d) sum[static_cast<std::size_t>(d)] = x[d] + y[d];
+        from_float(sum.data(), dim, to.dtype, to.row(batch_row, head, n));
       }
-    }
+    };
+    parallel_for(batch * heads * chunks, threads, write_chunk);
   }
 
   /// Gradients per head into a view per head, or their sum into a view for all.

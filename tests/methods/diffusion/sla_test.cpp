@@ -270,8 +270,14 @@ TEST(Sla, GradientsAreThoseOfTheFormula) {
       gradients.d_v = mutable_view_of(d_v.data(), DType::f32, inputs.v.shape);
       gradients.side = {{"projection", mutable_view_of(d_w.data(), DType::f32, {1, side.heads, side.dim, side.dim})},
                         {"bias", mutable_view_of(d_b.data(), DType::f32, {1, side.heads, 1, side.dim})}};
-      const SavedForward saved{o_view, lse, view_of(d_o.data(), DType::f32, o_shape), {}};
+      SavedForward saved{o_view, lse, view_of(d_o.data(), DType::f32, o_shape), {}};
       method->backward(p, inputs, saved, gradients, {});
+      // Without an LSE the sparse branch is run again.
+      const std::vector<float> from_saved = d_q;
+      saved.lse = {};
+      method->backward(p, inputs, saved, gradients, {});
+      for (std::size_t i = 0; i < d_q.size(); ++i) ASSERT_NEAR(d_q[i], from_saved[i], 1e-4) << spec.text() << " " << i;
+      d_q = from_saved;
 
       // Differences of the loss sum(dO * O) of one head; keys, values and shared weights add up over heads.
       std::vector<double> n_q(d_q.size()), n_k(d_k.size()), n_v(d_v.size()), n_w(d_w.size()), n_b(d_b.size());
@@ -322,6 +328,41 @@ TEST(Sla, GradientsAreThoseOfTheFormula) {
       expect_near(d_b, n_b, "d_bias");
     }
   }
+}
+
+TEST(Sla, WithoutProjectionTheGradientsAreThoseOfItsSparseBranch) {
+  const AttentionCase c(bidirectional({.name = "plain", .q_heads = 4, .kv_heads = 2, .q_len = 70, .kv_len = 90}));
+  const Problem& p = c.problem;
+  const auto method = make_method("sla:block_q=16,block_k=16,critical=0.3");
+  const std::array<std::int64_t, 4> o_shape{1, p.q_heads, p.q_len, p.value_dim};
+  std::vector<float> o(static_cast<std::size_t>(p.q_heads * p.q_len * p.value_dim));
+  std::vector<float> lse(static_cast<std::size_t>(p.q_heads * p.q_len));
+  std::vector<float> d_o(o.size());
+  for (std::size_t i = 0; i < d_o.size(); ++i) d_o[i] = std::sin(static_cast<float>(i) * 1.3F);
+  Plan plan;
+  method->attend(p, c.inputs, {mutable_view_of(o.data(), DType::f32, o_shape), lse}, {}, &plan);
+  SavedForward saved{view_of(o.data(), DType::f32, o_shape), lse, view_of(d_o.data(), DType::f32, o_shape), {}};
+  const auto values = [&](const auto& backward) {
+    std::vector<float> all(static_cast<std::size_t>(p.q_heads * p.q_len * p.head_dim +
+                                                    p.kv_heads * p.kv_len * (p.head_dim + p.value_dim)));
+    Gradients gradients;
+    float* at = all.data();
+    gradients.d_q = mutable_view_of(at, DType::f32, {1, p.q_heads, p.q_len, p.head_dim});
+    at += p.q_heads * p.q_len * p.head_dim;
+    gradients.d_k = mutable_view_of(at, DType::f32, {1, p.kv_heads, p.kv_len, p.head_dim});
+    at += p.kv_heads * p.kv_len * p.head_dim;
+    gradients.d_v = mutable_view_of(at, DType::f32, {1, p.kv_heads, p.kv_len, p.value_dim});
+    backward(gradients);
+    return all;
+  };
+  const auto expected = values([&](const Gradients& g) { run_backward(plan, c.inputs, saved, g); });
+  EXPECT_EQ(values([&](const Gradients& g) { method->backward(p, c.inputs, saved, g, {}); }), expected);
+  // A bias of zero brings in the linear branch, which changes nothing.
+  std::vector<float> bias(static_cast<std::size_t>(p.value_dim), 0.0F);
+  AttentionInputs with_bias = c.inputs;
+  with_bias.side = {{"bias", view_of(bias.data(), DType::f32, {1, 1, 1, p.value_dim})}};
+  const auto with_branch = values([&](const Gradients& g) { method->backward(p, with_bias, saved, g, {}); });
+  for (std::size_t i = 0; i < expected.size(); ++i) ASSERT_NEAR(with_branch[i], expected[i], 1e-5) << i;
 }
 
 TEST(Sla, DoesNotDependOnThreads) {
