@@ -23,6 +23,8 @@ constexpr std::int64_t kLanes = 16;
 constexpr std::int64_t kMostLaneBytes = std::int64_t{1} << 30;
 /// Query rows of a key-major job, as in the forward kernel.
 constexpr std::int64_t kChunkRows = 4096;
+/// Keys of a lane's sums that are cleared and added together.
+constexpr std::int64_t kChunkKeys = 64;
 
 std::int64_t round_up(std::int64_t value, std::int64_t unit) {
   return (value + unit - 1) / unit * unit;
@@ -111,6 +113,10 @@ struct Job {
   TileJob tile;
   KeyMajorJob chunk;
   std::int64_t work = 0;
+  std::int64_t block = 0;
+  std::int64_t first_row = 0;  ///< rows of the plan that it runs
+  std::int64_t end_row = 0;
+  std::int64_t first_query = 0;
 };
 
 std::int64_t keys_in_row(const Plan& plan, std::int64_t row, std::int64_t block) {
@@ -137,6 +143,10 @@ std::vector<Job> tile_jobs(const Plan& plan, std::int64_t sequence, std::int64_t
       Job job;
       job.tile = {sequence, block, row, head, heads, place, std::min(plan.tile_q, queries - place), 0};
       job.work = keys_in_row(plan, row, block) * job.tile.rows();
+      job.block = block;
+      job.first_row = row;
+      job.end_row = row + 1;
+      job.first_query = place;
       jobs.push_back(job);
     }
     head += heads;
@@ -158,11 +168,21 @@ std::vector<Job> chunk_jobs(const Plan& plan, std::int64_t sequence, std::int64_
       const std::int64_t first = plan.row_begin[static_cast<std::size_t>(block)] + q / plan.tile_q;
       const std::int64_t rows = (job.chunk.queries + plan.tile_q - 1) / plan.tile_q;
       for (std::int64_t r = first; r < first + rows; ++r) job.work += keys_in_row(plan, r, block);
+      job.block = block;
+      job.first_row = first;
+      job.end_row = first + rows;
+      job.first_query = q;
       jobs.push_back(job);
     }
   }
   return jobs;
 }
+
+/// Lanes [first, end) that hold sums of a chunk of keys.
+struct LaneRange {
+  std::int64_t first = 0;
+  std::int64_t end = 0;
+};
 
 /// One (sequence, kv head) of a wave.
 struct PairWork {
@@ -170,13 +190,38 @@ struct PairWork {
   std::int64_t kv_head;
   std::vector<std::int64_t> source_begin;  // first key of each source in the sums; last: all keys
   std::vector<std::vector<Job>> lanes;
-  std::size_t first_float = 0;  // of its lanes in the wave's sums
+  std::vector<LaneRange> chunks;  // of kChunkKeys of the sums
+  std::size_t first_float = 0;    // of its lanes in the wave's sums
   std::int64_t lane_floats = 0;
   std::int64_t keys() const { return source_begin.back(); }
 };
 
+/// Neighbouring queries to the same lane: these read the same keys, whose sums then stay in the cache, and windows and
+/// causal rows touch part of the keys only. Empty where the lanes' shares would be uneven.
+std::vector<std::vector<Job>> deal_in_order(std::vector<Job> jobs, std::int64_t lanes) {
+  std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.first_query < b.first_query; });
+  std::int64_t total = 0;
+  for (const Job& job : jobs) total += job.work;
+  std::vector<std::vector<Job>> dealt(static_cast<std::size_t>(lanes));
+  std::vector<std::int64_t> load(static_cast<std::size_t>(lanes), 0);
+  std::int64_t before = 0;
+  for (const Job& job : jobs) {
+    const double middle = static_cast<double>(before) + static_cast<double>(job.work) / 2;
+    const auto lane = total == 0 ? 0
+                                 : std::min(lanes - 1, static_cast<std::int64_t>(middle * static_cast<double>(lanes) /
+                                                                                 static_cast<double>(total)));
+    dealt[static_cast<std::size_t>(lane)].push_back(job);
+    load[static_cast<std::size_t>(lane)] += job.work;
+    before += job.work;
+  }
+  const std::int64_t most = *std::max_element(load.begin(), load.end());
+  constexpr double uneven = 1.125;
+  if (static_cast<double>(most * lanes) > uneven * static_cast<double>(total)) return {};
+  return dealt;
+}
+
 /// Longest job first, each to the lane with the least work.
-std::vector<std::vector<Job>> deal(std::vector<Job> jobs, std::int64_t lanes) {
+std::vector<std::vector<Job>> deal_by_length(std::vector<Job> jobs, std::int64_t lanes) {
   std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.work > b.work; });
   std::vector<std::vector<Job>> dealt(static_cast<std::size_t>(lanes));
   std::vector<std::int64_t> load(static_cast<std::size_t>(lanes), 0);
@@ -186,6 +231,45 @@ std::vector<std::vector<Job>> deal(std::vector<Job> jobs, std::int64_t lanes) {
     load[static_cast<std::size_t>(least)] += job.work;
   }
   return dealt;
+}
+
+std::vector<std::vector<Job>> deal(const std::vector<Job>& jobs, std::int64_t lanes) {
+  std::vector<std::vector<Job>> dealt = deal_in_order(jobs, lanes);
+  return dealt.empty() ? deal_by_length(jobs, lanes) : dealt;
+}
+
+/// For every chunk of the sums, the lanes from the first to the last that add to it.
+std::vector<LaneRange> lanes_of_chunks(const Plan& plan, const PairWork& work) {
+  std::vector<LaneRange> chunks(static_cast<std::size_t>((work.keys() + kChunkKeys - 1) / kChunkKeys));
+  for (std::size_t l = 0; l < work.lanes.size(); ++l) {
+    const auto lane = static_cast<std::int64_t>(l);
+    const auto mark = [&](std::int64_t first, std::int64_t count) {
+      for (std::int64_t c = first / kChunkKeys; c * kChunkKeys < first + count; ++c) {
+        LaneRange& range = chunks[static_cast<std::size_t>(c)];
+        if (range.end == 0) range.first = lane;
+        range.end = lane + 1;
+      }
+    };
+    for (const Job& job : work.lanes[l]) {
+      const bool reordered = !plan.key_order.empty() && !plan.key_order[static_cast<std::size_t>(job.block)].empty();
+      for (std::int64_t row = job.first_row; row < job.end_row; ++row) {
+        for (const PlanEntry& entry : plan.row(row)) {
+          const Plan::KeyRange keys = plan.keys_of(entry, job.block);
+          const std::int64_t begin = work.source_begin[entry.source];
+          if (entry.source == 0 && reordered) {
+            mark(0, work.source_begin[1]);
+          } else if (entry.kind == EntryKind::gather) {
+            for (std::int64_t i = 0; i < keys.count; ++i) {
+              mark(begin + plan.tokens[static_cast<std::size_t>(keys.begin + i)], 1);
+            }
+          } else {
+            mark(begin + keys.begin, keys.count);
+          }
+        }
+      }
+    }
+  }
+  return chunks;
 }
 
 class Backward {
@@ -286,7 +370,8 @@ class Backward {
         key_major_ ? chunk_jobs(call_.plan, sequence, kv_head) : tile_jobs(call_.plan, sequence, kv_head);
     const std::int64_t fit = kMostLaneBytes / std::max<std::int64_t>(1, work.lane_floats * 4);
     const std::int64_t wanted = std::min((kLanes + pairs - 1) / pairs, static_cast<std::int64_t>(jobs.size()));
-    work.lanes = deal(std::move(jobs), std::max<std::int64_t>(1, std::min(wanted, fit)));
+    work.lanes = deal(jobs, std::max<std::int64_t>(1, std::min(wanted, fit)));
+    work.chunks = lanes_of_chunks(call_.plan, work);
     return work;
   }
 
@@ -317,8 +402,18 @@ class Backward {
     lane.keys = sums + work.first_float + index * static_cast<std::size_t>(work.lane_floats);
     lane.source_begin = work.source_begin.data();
     lane.bias_stride = work.keys();
-    if (rule_.wants_bias) lane.bias = lane.keys + work.keys() * shape_.row_floats;
-    std::fill_n(lane.keys, work.lane_floats, 0.0F);
+    const std::int64_t key_floats = work.keys() * shape_.row_floats;
+    for (std::size_t c = 0; c < work.chunks.size(); ++c) {
+      const auto own_lane = static_cast<std::int64_t>(index);
+      if (own_lane < work.chunks[c].first || own_lane >= work.chunks[c].end) continue;
+      const std::int64_t first = static_cast<std::int64_t>(c) * kChunkKeys;
+      std::fill_n(lane.keys + first * shape_.row_floats, std::min(kChunkKeys, work.keys() - first) * shape_.row_floats,
+                  0.0F);
+    }
+    if (rule_.wants_bias) {
+      lane.bias = lane.keys + key_floats;
+      std::fill_n(lane.bias, work.lane_floats - key_floats, 0.0F);
+    }
     const BackwardJobContext context{backward_, shape_, rule_, sources, deltas_.data(), lane};
     const auto own = static_cast<std::size_t>(thread);
     for (const Job& job : work.lanes[index]) {
@@ -336,7 +431,7 @@ class Backward {
   void write_keys(const PairWork& work, const float* sums) {
     const Problem& problem = call_.problem();
     const Gradients& gradients = backward_.gradients;
-    const auto lanes = static_cast<std::int64_t>(work.lanes.size());
+    const std::vector<float> nothing(static_cast<std::size_t>(shape_.row_floats), 0.0F);
     constexpr std::int64_t chunk = 64;
     for (std::size_t s = 0; s + 1 < work.source_begin.size(); ++s) {
       const bool raw = s == 0;
@@ -348,7 +443,11 @@ class Backward {
       const std::int64_t keys = work.source_begin[s + 1] - work.source_begin[s];
       parallel_for((keys + chunk - 1) / chunk, call_.threads, [&](std::int64_t c, int) {
         for (std::int64_t key = c * chunk; key < std::min(keys, (c + 1) * chunk); ++key) {
-          const float* row = sums + (work.source_begin[s] + key) * shape_.row_floats;
+          const std::int64_t at = work.source_begin[s] + key;
+          const LaneRange& range = work.chunks[static_cast<std::size_t>(at / kChunkKeys)];
+          const std::int64_t lanes = std::max<std::int64_t>(1, range.end - range.first);
+          const float* row =
+              range.end == 0 ? nothing.data() : sums + range.first * work.lane_floats + at * shape_.row_floats;
           if (d_k.data != nullptr) {
             kernels_.sum_lanes(row, lanes, work.lane_floats, rule_.to_natural, problem.head_dim, d_k.dtype,
                                d_k.row(batch, work.kv_head, begin + key));
