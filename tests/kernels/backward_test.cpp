@@ -163,6 +163,88 @@ TEST(Backward, ResultsDoNotDependOnThreads) {
   }
 }
 
+/// Gradients of a run as [d_q, d_k, d_v].
+std::vector<std::vector<float>> gradients_by(const Plan& plan, const AttentionInputs& inputs, const SavedForward& saved,
+                                             const RunOptions& options) {
+  const Problem& p = plan.problem;
+  std::vector<std::vector<float>> values(3);
+  const auto make = [&](std::size_t i, std::int64_t heads, std::int64_t tokens, std::int64_t dim) {
+    values[i].assign(static_cast<std::size_t>(heads * tokens * dim), 99.0F);
+    return mutable_view_of(values[i].data(), DType::f32, {1, heads, tokens, dim});
+  };
+  Gradients gradients;
+  gradients.d_q = make(0, p.q_heads, p.q_len, p.head_dim);
+  gradients.d_k = make(1, p.kv_heads, p.kv_len, p.head_dim);
+  gradients.d_v = make(2, p.kv_heads, p.kv_len, p.value_dim);
+  run_backward(plan, inputs, saved, gradients, options);
+  return values;
+}
+
+/// Lanes clear and add only the keys that they meet: what an earlier call left in the workspace must not show, and keys
+/// that nobody meets have a gradient of 0.
+TEST(Backward, SumsOfAnEarlierCallDoNotShow) {
+  Problem problem;
+  problem.q_heads = 4;
+  problem.kv_heads = 2;
+  problem.q_len = problem.kv_len = 700;
+  problem.head_dim = problem.value_dim = 16;
+  problem.causal = true;
+  constexpr std::int64_t tile_q = 16;
+  const auto plan_of = [&](const auto& add_row) {
+    PlanBuilder builder(problem, tile_q, 16, 1, 1);
+    for (std::int64_t tile = 0; tile < builder.query_tiles(0); ++tile) {
+      add_row(builder, tile * tile_q);
+      builder.end_row();
+    }
+    return std::move(builder).finish();
+  };
+  std::vector<Plan> plans;
+  plans.push_back(dense_plan(problem));
+  plans.push_back(plan_of([](PlanBuilder& builder, std::int64_t first) {  // a window
+    if (first > 0) builder.run(std::max<std::int64_t>(0, first - 80), std::min<std::int64_t>(80, first));
+  }));
+  plans.push_back(plan_of([](PlanBuilder& builder, std::int64_t first) {  // three keys, of late queries alone
+    const std::vector<std::int32_t> tokens{3, 199, 450};
+    if (first > 600) builder.gather(builder.add_tokens(tokens), 3);
+  }));
+  plans.push_back(plan_of([](PlanBuilder&, std::int64_t) {}));  // nothing
+  Random random(3);
+  std::normal_distribution<float> normal;
+  const auto draw = [&](std::int64_t heads) {
+    std::vector<float> values(static_cast<std::size_t>(heads * 700 * 16));
+    for (float& value : values) value = normal(random);
+    return values;
+  };
+  const auto q = draw(4);
+  const auto k = draw(2);
+  const auto v = draw(2);
+  const auto d_o = draw(4);
+  AttentionInputs inputs;
+  inputs.q = view_of(q.data(), DType::f32, {1, 4, 700, 16});
+  inputs.k = view_of(k.data(), DType::f32, {1, 2, 700, 16});
+  inputs.v = view_of(v.data(), DType::f32, {1, 2, 700, 16});
+  Workspace workspace;
+  for (const Plan& plan : plans) {
+    std::vector<float> o(q.size());
+    std::vector<float> lse(4 * 700);
+    run(plan, inputs, {mutable_view_of(o.data(), DType::f32, {1, 4, 700, 16}), lse}, {});
+    SavedForward saved;
+    saved.o = view_of(o.data(), DType::f32, {1, 4, 700, 16});
+    saved.d_o = view_of(d_o.data(), DType::f32, {1, 4, 700, 16});
+    saved.lse = lse;
+    RunOptions shared;
+    shared.workspace = &workspace;
+    RunOptions reference;
+    reference.kernel = KernelKind::reference;
+    const auto actual = gradients_by(plan, inputs, saved, shared);
+    EXPECT_EQ(actual, gradients_by(plan, inputs, saved, {}));
+    const auto expected = gradients_by(plan, inputs, saved, reference);
+    for (std::size_t t = 0; t < 3; ++t) {
+      for (std::size_t i = 0; i < expected[t].size(); ++i) ASSERT_NEAR(actual[t][i], expected[t][i], 2e-4) << t;
+    }
+  }
+}
+
 /// Loss = sum(dO * O) + sum(dLSE * LSE) in float64, over rows that have keys.
 double loss_of(const KernelCase& forward, const GradientCase& c) {
   const Problem& p = forward.plan.problem;
