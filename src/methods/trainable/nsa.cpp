@@ -75,11 +75,11 @@ std::int64_t elements_of(const std::array<std::int64_t, 4>& shape) {
 
 /// sum(a * b), in a fixed order that compilers vectorise.
 float dot(const float* a, const float* b, std::int64_t count) {
-  constexpr std::int64_t kWidth = 16;
-  float partial[kWidth] = {};
+  constexpr std::int64_t width = 16;
+  float partial[width] = {};
   std::int64_t d = 0;
-  for (; d + kWidth <= count; d += kWidth) {
-    for (std::int64_t i = 0; i < kWidth; ++i) partial[i] += a[d + i] * b[d + i];
+  for (; d + width <= count; d += width) {
+    for (std::int64_t i = 0; i < width; ++i) partial[i] += a[d + i] * b[d + i];
   }
   float sum = 0;
   for (const float part : partial) sum += part;
