@@ -14,8 +14,10 @@ namespace {
 std::size_t largest(std::span<const float> logits) {
   // First how large, then where: both loops go many numbers at a time.
   float most = -std::numeric_limits<float>::infinity();
+  const float* numbers = logits.data();
+  const std::size_t count = logits.size();
 #pragma omp simd reduction(max : most)
-  for (std::size_t i = 0; i < logits.size(); ++i) most = logits[i] > most ? logits[i] : most;
+  for (std::size_t i = 0; i < count; ++i) most = numbers[i] > most ? numbers[i] : most;
   const auto best = static_cast<std::size_t>(std::find(logits.begin(), logits.end(), most) - logits.begin());
   require(best < logits.size() && std::isfinite(logits[best]),
           "the model's logits are not finite; expected numbers (are the weights damaged?)");

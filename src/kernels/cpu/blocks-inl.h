@@ -362,7 +362,7 @@ inline Vec dot_q45_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiv
       const IntVec one = load_int(codes);
       const IntVec two = load_int(codes + kLanes);
       const std::int8_t* numbers = x.paired + first + v * 32;
-      const auto half = [&](IntVec own, auto which, auto odd) __attribute__((always_inline)) {
+      const auto half = [&](IntVec own, [[maybe_unused]] auto which, auto odd) __attribute__((always_inline)) {
         IntVec nibbles = own;
         if constexpr (odd()) nibbles = shift_right<4>(own);
         nibbles = bits_and(nibbles, low_bits);
