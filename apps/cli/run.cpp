@@ -210,9 +210,9 @@ void add_run(CLI::App& app) {
   command->add_option("--top-p", options->sampling.top_p, "Sample from the most likely tokens of this mass")
       ->capture_default_str();
   command->add_option("--seed", options->sampling.seed, "Seed of the sampling")->capture_default_str();
-  command->add_option(
-      "--chunk", options->chunk,
-      "Tokens per prefill chunk, 0 for the whole prompt (default: whole while activations fit in 1 GiB)");
+  command->add_option("--chunk", options->chunk,
+                      "Tokens per prefill chunk, 0 for the whole prompt (default: those whose activations fit in 1 "
+                      "GiB, in 64 MiB if dense)");
   command
       ->add_option("--kv-dtype", options->kv_dtype,
                    "Keys and values in the cache: f32, bf16, f16 or i8 (8 bits, a scale per token)")

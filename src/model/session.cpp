@@ -13,8 +13,10 @@ namespace tessera {
 
 namespace {
 
-/// The default chunk: activations of one pass stay below this.
+/// The default chunk: activations of one pass stay below this. Chunks change nothing but memory where every key is
+/// attended to anyway; methods choose better when they see more queries at once.
 constexpr std::int64_t kActivationBytes = std::int64_t{1} << 30;
+constexpr std::int64_t kDenseActivationBytes = std::int64_t{1} << 26;
 /// A slice of logits stays below this.
 constexpr std::int64_t kLogitBytes = std::int64_t{1} << 25;
 
@@ -303,7 +305,9 @@ class Session::Implementation {
 
   std::int64_t chunk_length(std::int64_t total) const {
     if (options_.chunk) return *options_.chunk == 0 ? total : *options_.chunk;
-    const std::int64_t fitting = kActivationBytes / model::Decoder::bytes_per_token(model_.config());
+    const bool chooses = options_.prefill->info().name != "dense" || options_.decode->info().own_cache;
+    const std::int64_t fitting =
+        (chooses ? kActivationBytes : kDenseActivationBytes) / model::Decoder::bytes_per_token(model_.config());
     // Whole query tiles, so that methods see the same tiles in every chunk.
     return std::min(total, std::max<std::int64_t>(fitting / 1024 * 1024, 1024));
   }
