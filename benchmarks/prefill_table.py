@@ -50,7 +50,7 @@ METHODS = (
     Method("sale", "sink-band", "at least 3.36x beyond 64k; estimates take about 11% of dense",
            "no CPU multiplies 4-bit numbers faster than bytes: estimates take 30% of dense here, 25% at least"),
     Method("anchor-stripe", "power-law", "1.44x over the previous best at 128k, up to 4.6x over dense",
-           "the logits of these heads span little more than theta = 12, so that most keys stay"),
+           "a third of the keys lies within theta = 12 of the largest logit that the anchor region knows"),
     Method("proxyattn", "power-law", "up to 10.3x attention, 2.4x prefill",
            "one proxy stands for 16 heads here, for 32 in the paper", at="32768:16"),
     Method("pbs", "vertical", "up to 2.75x end to end",
@@ -132,7 +132,7 @@ def cases(options, state, folder):
         text = b"".join(file.read_bytes() for file in sorted((ROOT / "docs").glob("*.md")))
         prompt.write_bytes(text[:int(tokens)])
         run_json([options.binary, "run", "--model", MODEL, "--prompt", prompt, "-n", "1", "--json", "--dump-qkv", qkv,
-                  "--dump-layers", options.model_layers])
+                  "--dump-layers", options.model_layers, "--max-length", str(int(tokens) + 2)])
         yield label, methods, ["--qkv", qkv, "--causal"]
     homes = {}
     for method in METHODS:

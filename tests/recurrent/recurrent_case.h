@@ -47,7 +47,7 @@ struct OwnTensor {
   float get(std::int64_t b, std::int64_t h, std::int64_t n, std::int64_t d) const {
     return load_as_float(view.row(b, h, n), view.dtype, d);
   }
-  void set(std::int64_t b, std::int64_t h, std::int64_t n, std::int64_t d, float x) {
+  void set(std::int64_t b, std::int64_t h, std::int64_t n, std::int64_t d, float x) const {
     store_from_float(view.row(b, h, n), view.dtype, d, x);
   }
   template <class Draw>
