@@ -13,6 +13,8 @@ set(CMAKE_FIND_ROOT_PATH_MODE_PACKAGE ONLY)
 set(ENV{PKG_CONFIG_LIBDIR} ${TESSERA_ARM_ROOT}/usr/lib/aarch64-linux-gnu/pkgconfig)
 set(ENV{PKG_CONFIG_SYSROOT_DIR} ${TESSERA_ARM_ROOT})
 # Libraries of libraries, and headers that their packages leave to the default path.
-set(CMAKE_EXE_LINKER_FLAGS_INIT "-Wl,-rpath-link,${TESSERA_ARM_ROOT}/usr/lib/aarch64-linux-gnu")
-set(CMAKE_SHARED_LINKER_FLAGS_INIT "-Wl,-rpath-link,${TESSERA_ARM_ROOT}/usr/lib/aarch64-linux-gnu")
+set(libraries_of_libraries
+    "-Wl,-rpath-link,${TESSERA_ARM_ROOT}/usr/lib/aarch64-linux-gnu:${TESSERA_ARM_ROOT}/lib/aarch64-linux-gnu")
+set(CMAKE_EXE_LINKER_FLAGS_INIT "${libraries_of_libraries}")
+set(CMAKE_SHARED_LINKER_FLAGS_INIT "${libraries_of_libraries}")
 set(CMAKE_CXX_FLAGS_INIT "-isystem ${TESSERA_ARM_ROOT}/usr/include")
