@@ -13,8 +13,8 @@ usage: scripts/check-aarch64.sh [--cli] [--wheel] [LAYER[:FILTER] ...]
   --wheel   a wheel of the Python package for Arm, by cross compilation with nanobind's sources from .venv, and one
             attention call in an emulated Python
 
-Without arguments, as in CI: core, io, plan, and the kernels but for the tests that take minutes under emulation. All the
-rest, hours on two cores: scripts/check-aarch64.sh --cli --wheel all. The Arm libraries are unpacked beside the build;
+Without arguments, as in CI: core, io, plan, cache, score, recurrent, and the kernels but for the tests that take minutes
+under emulation. All the rest, hours on two cores: scripts/check-aarch64.sh --cli --wheel all. The Arm libraries are unpacked beside the build;
 the package lists of the system stay as they are.
 Needs the Debian packages of scripts/install-packages.sh build test cross.
 TEXT
@@ -35,7 +35,7 @@ for argument in "$@"; do
 done
 slow=Backward.DenseOverAwkwardLengths:Backward.KeyMajorOverTilesAndGroups:Kernels.KeyMajorOverTilesAndGroups
 slow+=:OnlineSkip.FollowsTheReferenceTileByTile:RowWeightsBackward.ReferenceMatchesCentralDifferences
-[[ $# -gt 0 ]] || layers=(core io plan "kernels:-$slow")
+[[ $# -gt 0 ]] || layers=(core io plan cache score recurrent "kernels:-$slow")
 build=build/aarch64
 root=$PWD/$build/root
 triple=aarch64-linux-gnu
