@@ -13,8 +13,8 @@ usage: scripts/check-aarch64.sh [--cli] [--wheel] [LAYER[:FILTER] ...]
   --wheel   a wheel of the Python package for Arm, by cross compilation with nanobind's sources from .venv, and one
             attention call in an emulated Python
 
-Without arguments, as in CI: core, io, plan, cache, score, recurrent, and the kernels but for the tests that take minutes
-under emulation. All the rest, hours on two cores: scripts/check-aarch64.sh --cli --wheel all. The Arm libraries are unpacked beside the build;
+Without arguments, as in CI: all but eval and tune, and but for the tests of kernels that take minutes under emulation.
+Really all, hours on two cores: scripts/check-aarch64.sh --cli --wheel all. The Arm libraries are unpacked beside the build;
 the package lists of the system stay as they are.
 Needs the Debian packages of scripts/install-packages.sh build test cross.
 TEXT
@@ -35,7 +35,7 @@ for argument in "$@"; do
 done
 slow=Backward.DenseOverAwkwardLengths:Backward.KeyMajorOverTilesAndGroups:Kernels.KeyMajorOverTilesAndGroups
 slow+=:OnlineSkip.FollowsTheReferenceTileByTile:RowWeightsBackward.ReferenceMatchesCentralDifferences
-[[ $# -gt 0 ]] || layers=(core io plan cache score recurrent "kernels:-$slow")
+[[ $# -gt 0 ]] || layers=(core io plan cache score recurrent view methods model "kernels:-$slow")
 build=build/aarch64
 root=$PWD/$build/root
 triple=aarch64-linux-gnu
@@ -84,8 +84,17 @@ for layer in "${layers[@]}"; do
   start=$SECONDS
   make_targets "test_$layer"
   built=$SECONDS
-  log_of "$build/test_$layer.log" "${emulate[@]}" "$build/tests/test_$layer" --gtest_brief=1 --gtest_filter="$filter"
-  echo "aarch64, $layer: $(grep PASSED "$build/test_$layer.log"), built in $((built - start)) s, run in $((SECONDS - built)) s"
+  rm -f "$build/test_$layer".*.log
+  shards=()
+  for ((shard = 0; shard < $(nproc); ++shard)); do
+    GTEST_TOTAL_SHARDS=$(nproc) GTEST_SHARD_INDEX=$shard log_of "$build/test_$layer.$shard.log" \
+      "${emulate[@]}" "$build/tests/test_$layer" --gtest_brief=1 --gtest_filter="$filter" &
+    shards+=($!)
+  done
+  for shard in "${shards[@]}"; do wait "$shard"; done
+  passed=$(awk '/PASSED/ { for (i = 1; i < NF; ++i) if ($(i + 1) ~ /^tests?/) sum += $i } END { print sum + 0 }' "$build/test_$layer".*.log)
+  [[ $passed -gt 0 ]] || { echo "check-aarch64: $layer: no test matches '$filter'" >&2; exit 1; }
+  echo "aarch64, $layer: $passed tests passed, built in $((built - start)) s, run in $((SECONDS - built)) s"
 done
 
 if $cli; then
