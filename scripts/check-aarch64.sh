@@ -152,7 +152,7 @@ if $wheel; then
   log_of "$build/wheel.log" $python -m pip install --disable-pip-version-check --target "$build/wheel/site" --upgrade \
     --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 \
     --platform linux_aarch64 "$build"/wheel/*.whl
-  grep -q 'class Plan' "$build/wheel/site/tessera/_core.pyi" || { echo "check-aarch64: the wheel has no stub of its module" >&2; exit 1; }
+  grep -q 'class Plan' "$build/wheel/site/tessera/_core.pyi" || { echo "check-aarch64: the wheel has no type stub _core.pyi" >&2; exit 1; }
   "${emulate[@]}" -E "PYTHONHOME=$root/usr" -E "PYTHONPATH=$PWD/$build/wheel/site" "$root/usr/bin/python3.11" - <<'PYTHON'
 import platform
 
