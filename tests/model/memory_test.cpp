@@ -121,6 +121,23 @@ TEST(MemoryTest, TheNeedGrowsWithWhatIsKept) {
   EXPECT_GT(f32.memory_needed(5000), f32.memory_needed(0, 5000));  // activations
 }
 
+TEST(MemoryTest, DensePrefillHoldsFewActivationsAtOnce) {
+  const Loaded loaded({.max_positions = 1000000});
+  const auto activations = [&](SessionOptions options) {
+    const Session session(*loaded.model, options);
+    constexpr std::int64_t tokens = 500000;
+    return session.memory_needed(tokens) - session.memory_needed(0, tokens);
+  };
+  const std::size_t dense = activations({});
+  EXPECT_LE(dense, std::size_t{1} << 26);
+  SessionOptions whole;
+  whole.chunk = 0;
+  EXPECT_GT(activations(whole), 4 * dense);
+  SessionOptions choosing;
+  choosing.prefill = make_method("xattention");
+  EXPECT_GT(activations(choosing), 4 * dense);
+}
+
 TEST(MemoryTest, PromptsThatDoNotFitAreRefusedBeforeTheyRun) {
   const Loaded loaded({.max_positions = 100000});
   SessionOptions options;
