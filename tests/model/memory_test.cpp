@@ -123,7 +123,7 @@ TEST(MemoryTest, TheNeedGrowsWithWhatIsKept) {
 
 TEST(MemoryTest, DensePrefillHoldsFewActivationsAtOnce) {
   const Loaded loaded({.max_positions = 1000000});
-  const auto activations = [&](SessionOptions options) {
+  const auto activations = [&](const SessionOptions& options) {
     const Session session(*loaded.model, options);
     constexpr std::int64_t tokens = 500000;
     return session.memory_needed(tokens) - session.memory_needed(0, tokens);
