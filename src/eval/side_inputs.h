@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <deque>
+#include <span>
+#include <string>
 #include <vector>
 
 #include "tessera/method.h"
@@ -12,8 +14,10 @@ namespace tessera::eval {
 /// Owns the tensors.
 class RandomSideInputs {
  public:
-  /// The required side inputs of the method, uniform in the range that it declares.
-  RandomSideInputs(const MethodInfo& info, const Problem& problem, std::uint64_t seed);
+  /// The required side inputs of the method and those of its optional ones that are named, uniform in the range that it
+  /// declares. Throws Error for a name that the method does not declare.
+  RandomSideInputs(const MethodInfo& info, const Problem& problem, std::uint64_t seed,
+                   std::span<const std::string> optional = {});
 
   /// Those that the inputs do not hold yet are added.
   void add_to(AttentionInputs& inputs) const;

@@ -150,6 +150,19 @@ class BenchTest(CommandLineTest):
         text = self.succeed("bench", "attention", *self.small, "--method", "moba", "--phase", "backward", "--causal")
         self.assertIn("of that fraction", text)
 
+    def test_side_inputs(self):
+        given = ("--side", "projection,bias")
+        with_side = self.check("--method", "sla", *given)
+        self.assertEqual(with_side["side"], ["projection", "bias"])
+        without = self.check("--method", "sla")
+        self.assertNotIn("side", without)
+        # The linear branch changes the output.
+        self.assertNotAlmostEqual(with_side["error"]["rel_l2"], without["error"]["rel_l2"], delta=0.01)
+        result = self.check("--phase", "backward", "--method", "sla", *given)
+        self.assertEqual(result["side"], ["projection", "bias"])
+        text = self.succeed("bench", "attention", *self.small, "--method", "sla", *given)
+        self.assertIn('with ["projection","bias"]', text)
+
     def test_recurrence(self):
         for method in ("lightning2", "gated-deltanet", "kda"):
             for phase in (("--causal",), ("--phase", "decode")):
@@ -201,6 +214,9 @@ class BenchTest(CommandLineTest):
         refuse(*small, "dense", "--repeats", "0", saying="--repeats")
         refuse(*small, "dense", "--data", "heads-lm", saying=["'heads-lm'", "heads-llm"])
         refuse("--len", "0", "--plan", "dense", saying="--len")
+        refuse("--len", "256", "--method", "sla", "--side", "projektion", saying=["projektion", "projection, bias"])
+        refuse("--len", "256", "--method", "dense", "--side", "bias", saying=["bias", "expected none"])
+        refuse(*small, "dense", "--side", "bias", saying="--side")
         refuse("--len", "256", "--method", "xattention", "--phase", "decode", saying=["xattention", "decode"])
 
 

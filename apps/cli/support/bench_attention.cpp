@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
@@ -42,6 +43,7 @@ struct Options {
   bool causal = false;
   std::string data = "randn";
   std::string phase = "prefill";
+  std::vector<std::string> side;  // optional side inputs that are given
   int repeats = 5;
   std::uint64_t seed = 1;
   GridFlags grid;
@@ -126,6 +128,7 @@ class Subject {
                              : options.phase == "backward" ? phases.backward
                                                            : phases.prefill;
       require(supported, "method '{}' does not support {}", method_->info().name, options.phase);
+      side_inputs_.emplace(method_->info(), problem_, options.seed, options.side);
       name_ = method_->info().name;
       parameters_ = nlohmann::ordered_json::parse(method_->parameters());
       return;
@@ -147,11 +150,9 @@ class Subject {
   bool verifiable() const { return plan_.sources.size() == 1 && (method_ == nullptr || method_->runs_its_plan()); }
   bool has_plan() const { return method_ == nullptr || method_->info().has_plan; }
 
-  /// Adds random side inputs where the method needs some.
-  void add_side_inputs(AttentionInputs& inputs, std::uint64_t seed) {
-    if (method_ == nullptr) return;
-    side_inputs_.emplace(method_->info(), problem_, seed);
-    side_inputs_->add_to(inputs);
+  /// Adds random side inputs: those that the method needs, and the optional ones that are named.
+  void add_side_inputs(AttentionInputs& inputs) const {
+    if (side_inputs_) side_inputs_->add_to(inputs);
   }
 
   /// Compares a recurrence on its first tokens with itself in float64. Throws Error when it is wrong.
@@ -282,10 +283,12 @@ struct Result {
   double inputs_outputs_mb = 0;
 };
 
-/// Memory of a backward call: dO drawn at random, gradients in float.
+/// Memory of a backward call: dO drawn at random, gradients in float: of q, k, v and of the side inputs that were asked
+/// for by name.
 class BackwardData {
  public:
-  BackwardData(const Options& options, const Problem& problem, const AttentionOutputs& outputs) {
+  BackwardData(const Options& options, const Problem& problem, const AttentionInputs& inputs,
+               const AttentionOutputs& outputs) {
     HeadOptions heads = head_options_of(options, problem);
     heads.head_dim = problem.value_dim;
     heads.kind = "randn";
@@ -298,6 +301,12 @@ class BackwardData {
     gradients.d_q = tensor(d_q_, problem.q_heads, problem.q_len, problem.head_dim);
     gradients.d_k = tensor(d_k_, problem.kv_heads, problem.kv_len, problem.head_dim);
     gradients.d_v = tensor(d_v_, problem.kv_heads, problem.kv_len, problem.value_dim);
+    for (const std::string& name : options.side) {
+      const std::array<std::int64_t, 4> shape = inputs.find_side(name)->shape;
+      std::vector<float>& memory = d_side_.emplace_back();
+      memory.resize(static_cast<std::size_t>(shape[0] * shape[1] * shape[2] * shape[3]));
+      gradients.side.push_back({name, mutable_view_of(memory.data(), DType::f32, shape)});
+    }
     saved.o = outputs.o;
     saved.lse = outputs.lse;
     saved.d_o = d_o_.q();
@@ -311,6 +320,7 @@ class BackwardData {
   std::vector<float> d_q_;
   std::vector<float> d_k_;
   std::vector<float> d_v_;
+  std::deque<std::vector<float>> d_side_;
 };
 
 /// Backward against dense backward, and the forward pass of the same subject beside them. `outputs` holds what the
@@ -324,8 +334,10 @@ void measure_backward(const Options& options, const Plan& dense, const RunOption
   std::vector<float> dense_lse(outputs.lse.size());
   const AttentionOutputs dense_outputs{mutable_view_of(dense_o.data(), outputs.o.dtype, outputs.o.shape), dense_lse};
   run(dense, inputs, dense_outputs, dense_options);
-  const BackwardData own(options, problem, outputs);
-  const BackwardData yardstick(options, problem, dense_outputs);
+  const BackwardData own(options, problem, inputs, outputs);
+  Options without_side = options;
+  without_side.side.clear();
+  const BackwardData yardstick(without_side, problem, inputs, dense_outputs);
   subject.execute_backward(inputs, own.saved, own.gradients);
   if (subject.verifiable()) {
     verify_gradient_samples(subject.name(), subject.plan(), inputs, own.saved, own.gradients.d_q);
@@ -374,7 +386,7 @@ Result measure(const Options& options, const Problem& problem, Subject& subject,
   inputs.q = data.q();
   inputs.k = k.view();
   inputs.v = v.view();
-  subject.add_side_inputs(inputs, options.seed);
+  subject.add_side_inputs(inputs);
   const AttentionOutputs outputs{
       mutable_view_of(o.data(), dtype, {1, problem.q_heads, problem.q_len, problem.value_dim}), lse};
   result.inputs_outputs_mb =
@@ -477,6 +489,7 @@ nlohmann::ordered_json to_json(const Options& options, const Subject& subject, c
       {"inputs_outputs_mb", result.inputs_outputs_mb},
       {"extra_mb", result.extra_mb},
       {"workspace_mb", static_cast<double>(result.report.workspace_bytes) / 1e6}};
+  if (!options.side.empty()) json["side"] = options.side;
   if (result.error) {
     json["error"] = {{"rel_l2", result.error->rel_l2},
                      {"max_abs", result.error->max_abs},
@@ -497,7 +510,8 @@ void print_text(const nlohmann::ordered_json& json) {
     return fmt::format("{:.3f} ms (from {:.3f} to {:.3f})", json[key]["median"].get<double>(),
                        json[key]["min"].get<double>(), json[key]["max"].get<double>());
   };
-  fmt::print("{} {}\n", json["method"].get<std::string>(), json["params"].dump());
+  fmt::print("{} {}{}\n", json["method"].get<std::string>(), json["params"].dump(),
+             json.contains("side") ? " with " + json["side"].dump() : "");
   fmt::print("  {} kernel, {}, {} threads, {}\n", json["kernel"].get<std::string>(), json["isa"].get<std::string>(),
              json["threads"].get<int>(), json["dtype"].get<std::string>());
   const bool has_plan = number("density") > 0;
@@ -539,6 +553,7 @@ void print_backward(const nlohmann::ordered_json& json) {
 
 void run_bench_attention(const Options& options) {
   require(options.method.empty() != options.plan.empty(), "give one of --method and --plan");
+  require(options.side.empty() || !options.method.empty(), "--side is for methods; a plan has no side inputs");
   require(options.repeats > 0 && options.repeats <= 1000, "--repeats is {}; expected 1 to 1000", options.repeats);
   const DType dtype = dtype_from_name(options.dtype);
   require(is_attention_dtype(dtype), "--dtype is {}; expected f32, bf16 or f16", options.dtype);
@@ -579,6 +594,12 @@ void add_bench_attention(CLI::App& bench) {
   command->add_option("--data", options->data, fmt::format("Data: {}", fmt::join(head_kinds(), ", ")))
       ->capture_default_str();
   command->add_option("--phase", options->phase, "prefill, decode or backward")->capture_default_str();
+  command
+      ->add_option(
+          "--side", options->side,
+          "Optional side inputs of the method to give it, NAME,NAME (see tessera methods NAME), such as learned "
+          "weights; drawn at random, with gradients in the backward phase")
+      ->delimiter(',');
   command->add_option("--repeats", options->repeats, "Measurements of each side, alternating")->capture_default_str();
   command->add_option("--seed", options->seed, "Seed of the data")->capture_default_str();
   add_grid_options(*command, options->grid);
