@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "recurrent/tile_states.h"
 #include "tessera/recurrent.h"
 
 namespace tessera::recurrent {
@@ -212,6 +213,7 @@ struct LevelKernels {
   /// Gradients of the chunk's inputs, and from the gradient of its exit state that of its entry state.
   void (*backward)(const ChunkShape& shape, const HeadJob& job, const HeadGradients& gradients, const Chunk& chunk,
                    const KeptChunk& kept, Scratch& scratch, GradientScratch& gradient);
+  TileStateKernels tiles;
 };
 
 const LevelKernels& level_portable();

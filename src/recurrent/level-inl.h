@@ -14,7 +14,10 @@
 #include "recurrent/step-inl.h"
 //
 #include "recurrent/gradient-inl.h"
+//
+#include "recurrent/tile_states-inl.h"
 
 constexpr LevelKernels level_table() {
-  return {prepare, advance, pass, write, read, step, backward};
+  return {prepare, advance, pass,     write,
+          read,    step,    backward, {key_state, sum_states, query_tile, query_tile_backward, key_tile_backward}};
 }
