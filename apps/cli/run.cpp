@@ -211,8 +211,8 @@ void add_run(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--seed", options->sampling.seed, "Seed of the sampling")->capture_default_str();
   command->add_option("--chunk", options->chunk,
-                      "Tokens per prefill chunk, 0 for the whole prompt (default: those whose activations fit in 1 "
-                      "GiB, in 64 MiB if dense)");
+                      "Tokens per prefill chunk, 0 for the whole prompt (default: those whose activations fit in 64 "
+                      "MiB, in 1 GiB if the method needs the whole prompt)");
   command
       ->add_option("--kv-dtype", options->kv_dtype,
                    "Keys and values in the cache: f32, bf16, f16 or i8 (8 bits, a scale per token)")

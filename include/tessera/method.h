@@ -131,11 +131,19 @@ class Method {
   /// Whether attend() is run() of the plan alone, so that its outputs can be checked against the plan.
   virtual bool runs_its_plan() const { return true; }
   virtual std::unique_ptr<MethodState> new_state() const { return nullptr; }
+  /// In which parts a prompt may come without changing what its queries attend to, as long as each part comes with all
+  /// keys up to its end and the state of the parts before it: parts that begin at multiples of this many tokens and are
+  /// not shorter. 0: the method needs the whole prompt, because it looks at its last queries, at all of its keys or at
+  /// its length.
+  virtual std::int64_t prefill_tile() const { return 0; }
   /// The cache of one layer (context.layer of context.layers) of one sequence; null: every token in pages.
   virtual std::unique_ptr<LayerCache> new_cache(const LayerCacheShape& shape, const PlanContext& context) const;
   /// Throws Error when the method was configured for another model: number of layers or of heads.
   virtual void check_model(std::int64_t layers, std::int64_t q_heads, std::int64_t kv_heads) const;
 };
+
+/// Parts that suit two values of Method::prefill_tile(): their least common multiple, 0 where either is 0.
+std::int64_t common_prefill_tile(std::int64_t a, std::int64_t b);
 
 /// One row of the registry.
 struct MethodEntry {

@@ -204,8 +204,9 @@ struct SessionOptions {
   std::shared_ptr<const Method> decode = {};   ///< null: `prefill` if it supports decoding, else dense; owns the cache
   CacheType kv_dtype = CacheType::f32;
   std::int64_t page_size = 64;
-  /// Tokens per prefill chunk; 0: the whole prompt at once; absent: those whose activations fit in 1 GiB, in 64 MiB
-  /// where prefill is dense and decoding keeps every token. Methods plan per chunk, over all keys so far.
+  /// Tokens per prefill chunk; 0: the whole prompt at once; absent: those whose activations fit in 64 MiB where chunks
+  /// change nothing (Method::prefill_tile) and decoding keeps every token, else in 1 GiB. Methods plan per chunk, over
+  /// all keys so far.
   std::optional<std::int64_t> chunk = {};
   std::int64_t capacity = 0;  ///< longest sequence; 0: the model's max_positions
   /// Bytes that caches and activations of the session may take; 0: what the system has available when a prompt comes;

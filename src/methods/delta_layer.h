@@ -38,6 +38,9 @@ class DeltaLayer {
   RunReport backward(const Problem& problem, const AttentionInputs& inputs, const SavedForward& saved,
                      const Gradients& gradients, const PlanContext& context) const;
 
+  /// Tokens of the chunks that are computed together.
+  std::int64_t chunk() const { return layer_.options.chunk; }
+
  private:
   GateRule rule(const Problem& problem, const PlanContext& context) const;
 

@@ -110,6 +110,11 @@ class LayeredMethod final : public Method {
     return std::all_of(parts_.begin(), parts_.end(), [](const Part& part) { return part.method->runs_its_plan(); });
   }
   std::unique_ptr<MethodState> new_state() const override { return std::make_unique<LayeredState>(parts_); }
+  std::int64_t prefill_tile() const override {
+    std::int64_t tile = 1;
+    for (const Part& part : parts_) tile = common_prefill_tile(tile, part.method->prefill_tile());
+    return tile;
+  }
   std::unique_ptr<LayerCache> new_cache(const LayerCacheShape& shape, const PlanContext& context) const override {
     const std::size_t part = part_of(context);
     return parts_[part].method->new_cache(shape, context_of(part, context));

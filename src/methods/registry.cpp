@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <numeric>
 #include <tuple>
 
 #include "core/error.h"
@@ -159,6 +160,12 @@ std::array<std::int64_t, 4> side_shape(const SideInputInfo& side, const Problem&
     shape.at(4 - side.axes.size() + i) = sizes.at(static_cast<std::size_t>(side.axes[i]));
   }
   return shape;
+}
+
+std::int64_t common_prefill_tile(std::int64_t a, std::int64_t b) {
+  if (a == 0 || b == 0) return 0;
+  const std::int64_t times = b / std::gcd(a, b);
+  return times > kMostTokens / a ? 0 : a * times;  // no prompt is that long
 }
 
 std::unique_ptr<LayerCache> Method::new_cache(const LayerCacheShape&, const PlanContext&) const {

@@ -10,6 +10,7 @@
 //   RunReport attend(...) const;                  methods with branches or corrections
 //   RunReport backward(...) const;                their gradients (plain plans need none: Method::backward does)
 //   std::unique_ptr<MethodState> new_state() const;
+//   std::int64_t prefill_tile() const;            with these parameters; left out: prompts come whole
 //   std::unique_ptr<LayerCache> new_cache(const LayerCacheShape&, const PlanContext&) const;  methods that evict
 //   void check_model(layers, q_heads, kv_heads) const;   methods whose configuration fits one model only
 // and its file src/methods/<family>/<stem>.cpp ends with TESSERA_METHOD(stem, Type). The build lists the files, so
@@ -101,6 +102,14 @@ class BoundMethod final : public Method {
       return method_.new_state();
     } else {
       return nullptr;
+    }
+  }
+
+  std::int64_t prefill_tile() const override {
+    if constexpr (requires { method_.prefill_tile(); }) {
+      return method_.prefill_tile();
+    } else {
+      return 0;
     }
   }
 

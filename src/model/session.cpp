@@ -6,6 +6,7 @@
 #include "model/available_memory.h"
 #include "model/int8_cache.h"
 #include "model/layers/decoder.h"
+#include "model/layers/layer_method.h"
 #include "model/parts.h"
 #include "tessera/cache.h"
 
@@ -13,10 +14,13 @@ namespace tessera {
 
 namespace {
 
-/// The default chunk: activations of one pass stay below this. Chunks change nothing but memory where every key is
-/// attended to anyway; methods choose better when they see more queries at once.
+/// The default chunk: activations of one pass stay below this. Where the method says that parts of the prompt change
+/// nothing (Method::prefill_tile), the smaller bound; other methods choose better when they see more queries at once,
+/// and caches that evict hold one layer whole instead of all when the prompt comes in one pass.
 constexpr std::int64_t kActivationBytes = std::int64_t{1} << 30;
-constexpr std::int64_t kDenseActivationBytes = std::int64_t{1} << 26;
+constexpr std::int64_t kPartActivationBytes = std::int64_t{1} << 26;
+/// Shorter chunks would multiply too few rows with weights, and pack keys too often.
+constexpr std::int64_t kLeastChunk = 1024;
 /// A slice of logits stays below this.
 constexpr std::int64_t kLogitBytes = std::int64_t{1} << 25;
 
@@ -117,10 +121,10 @@ class Session::Implementation {
     check_memory(total, 0);
     const auto start = std::chrono::steady_clock::now();
     observation_ms_ = 0;
-    const std::int64_t chunk = chunk_length(total);
+    const Chunks chunks = chunks_of(total);
     const std::int64_t before = tokens_;
-    for (std::int64_t first = 0; first < total; first += chunk) {
-      const std::int64_t rows = std::min(chunk, total - first);
+    for (std::int64_t first = 0, rows = 0; first < total; first += rows) {
+      rows = chunks.rows(first, total);
       model::AttentionCall call;
       call.method = options_.prefill.get();
       call.state = prefill_state_.get();
@@ -203,7 +207,7 @@ class Session::Implementation {
     }
     // 8-bit layers are widened one at a time.
     if (options_.kv_dtype == CacheType::i8) bytes += static_cast<double>(tokens) * 2 * 4 * static_cast<double>(row);
-    const auto rows = static_cast<double>(std::min(chunk_length(prompt), prompt));
+    const auto rows = static_cast<double>(std::min(chunks_of(prompt).longest, prompt));
     bytes += rows * static_cast<double>(model::Decoder::bytes_per_token(config));
     bytes += static_cast<double>(model::Decoder::scratch_bytes(config));
     bytes += 4.0 * static_cast<double>(config.vocab_size) + static_cast<double>(options_.run.workspace_bytes);
@@ -303,13 +307,41 @@ class Session::Implementation {
     if (options_.cancelled && options_.cancelled()) throw Cancelled("interrupted");
   }
 
-  std::int64_t chunk_length(std::int64_t total) const {
-    if (options_.chunk) return *options_.chunk == 0 ? total : *options_.chunk;
-    const bool chooses = options_.prefill->info().name != "dense" || options_.decode->info().own_cache;
-    const std::int64_t fitting =
-        (chooses ? kActivationBytes : kDenseActivationBytes) / model::Decoder::bytes_per_token(model_.config());
-    // Whole query tiles, so that methods see the same tiles in every chunk.
-    return std::min(total, std::max<std::int64_t>(fitting / 1024 * 1024, 1024));
+  /// Tokens of a chunk and, where the last chunk takes what would be too short for one, of that.
+  struct Chunks {
+    std::int64_t length;
+    std::int64_t longest;
+    /// Tokens of the chunk that begins at `first` of `total`.
+    std::int64_t rows(std::int64_t first, std::int64_t total) const {
+      return total - first <= longest ? total - first : length;
+    }
+  };
+
+  Chunks chunks_of(std::int64_t total) const {
+    if (options_.chunk) {
+      const std::int64_t length = *options_.chunk == 0 ? total : *options_.chunk;
+      return {length, length};
+    }
+    const auto fitting = [&](std::int64_t bytes, std::int64_t step) {
+      return std::max(step, bytes / model::Decoder::bytes_per_token(model_.config()) / step * step);
+    };
+    const std::int64_t tile = options_.decode->info().own_cache ? 0 : prefill_tile();
+    if (tile == 0 || tokens_ % tile != 0) {
+      const std::int64_t length = fitting(kActivationBytes, kLeastChunk);
+      return {length, length};
+    }
+    const std::int64_t length = fitting(kPartActivationBytes, (kLeastChunk + tile - 1) / tile * tile);
+    return {length, length + tile - 1};
+  }
+
+  /// Of the prefill method in all layers.
+  std::int64_t prefill_tile() const {
+    std::int64_t tile = 1;
+    for (std::int64_t layer = 0; layer < model_.config().layers; ++layer) {
+      const std::int64_t window = in_window(layer) ? model_.config().layer(layer).window : 0;
+      tile = common_prefill_tile(tile, model::LayerMethod(*options_.prefill, window, 0).prefill_tile());
+    }
+    return tile;
   }
 
   /// What the times of a call leave out.

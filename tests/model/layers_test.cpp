@@ -101,6 +101,38 @@ TEST(LayerMethodTest, WithinTheWindowItIsTheMethod) {
   EXPECT_EQ(LayerMethod(*method, 100, 0).plan(problem, tensors.inputs, {}), method->plan(problem, tensors.inputs, {}));
 }
 
+TEST(LayerMethodTest, PartsOfAPromptReachBeyondTheWindow) {
+  const auto tile = [](const char* spec, std::int64_t window) {
+    const auto method = make_method(spec);
+    return LayerMethod(*method, window, 0).prefill_tile();
+  };
+  EXPECT_EQ(tile("dense", 0), 1);
+  EXPECT_EQ(tile("dense", 100), 1);
+  EXPECT_EQ(tile("xattention:block=32", 0), 32);
+  EXPECT_EQ(tile("xattention:block=32", 96), 128);
+  EXPECT_EQ(tile("flexprefill", 100), 0);
+  // The nearest keys, which a selection has beside its own, come in where the window begins to leave keys out.
+  const auto method = make_method("streaming:n_init=4,n_local=1");
+  const LayerMethod within(*method, 100, 0);
+  EXPECT_EQ(within.prefill_tile(), 101);
+  const auto pairs = [&](std::int64_t part) {
+    std::vector<std::vector<std::uint8_t>> rows;
+    for (std::int64_t first = 0; first < 303; first += part) {
+      const std::int64_t count = std::min<std::int64_t>(part, 303 - first);
+      const Problem problem = problem_of_rows(count, first + count);
+      const Tensors tensors(problem);
+      const auto mask = dense_mask(within.plan(problem, tensors.inputs, {}));
+      for (std::int64_t row = 0; row < count; ++row) {
+        const auto begin = mask.begin() + row * problem.kv_len;
+        rows.emplace_back(begin, begin + first + row + 1);
+      }
+    }
+    return rows;
+  };
+  EXPECT_TRUE(pairs(101) == pairs(303));
+  EXPECT_FALSE(pairs(50) == pairs(303));
+}
+
 TEST(LayerMethodTest, CapsScoresInsideAndOutsideWindows) {
   const Problem problem = problem_of_rows(150, 150);
   Tensors tensors(problem);

@@ -121,7 +121,7 @@ TEST(MemoryTest, TheNeedGrowsWithWhatIsKept) {
   EXPECT_GT(f32.memory_needed(5000), f32.memory_needed(0, 5000));  // activations
 }
 
-TEST(MemoryTest, DensePrefillHoldsFewActivationsAtOnce) {
+TEST(MemoryTest, PrefillHoldsFewActivationsAtOnceWherePartsChangeNothing) {
   const Loaded loaded({.max_positions = 1000000});
   const auto activations = [&](const SessionOptions& options) {
     const Session session(*loaded.model, options);
@@ -133,9 +133,57 @@ TEST(MemoryTest, DensePrefillHoldsFewActivationsAtOnce) {
   SessionOptions whole;
   whole.chunk = 0;
   EXPECT_GT(activations(whole), 4 * dense);
-  SessionOptions choosing;
-  choosing.prefill = make_method("xattention");
-  EXPECT_GT(activations(choosing), 4 * dense);
+  const auto with = [&](const char* prefill, const char* decode) {
+    SessionOptions options;
+    options.prefill = make_method(prefill);
+    options.decode = make_method(decode);
+    return activations(options);
+  };
+  EXPECT_LE(with("xattention", "dense"), std::size_t{1} << 26);
+  EXPECT_LE(with("minference:pattern=block_sparse", "dense"), std::size_t{1} << 26);
+  // Super-tiles of 2,048 rows; what is too short for one joins the part before it.
+  EXPECT_LE(with("anchor-stripe", "dense"), (std::size_t{1} << 26) + (std::size_t{1} << 21));
+  EXPECT_GT(with("flexprefill", "dense"), 4 * dense);  // looks at the last queries
+  EXPECT_GT(with("xattention:dense_below=1000", "dense"), 4 * dense);
+  EXPECT_GT(with("dense", "snapkv"), 4 * dense);  // all layers would be whole until the last part is in
+}
+
+TEST(MemoryTest, PromptsComeInPartsWhereThatChangesNothing) {
+  // 64 KiB of activations per token: parts of 1,024 tokens.
+  const Loaded loaded({.layers = 1, .q_heads = 64, .kv_heads = 1, .head_dim = 128, .max_positions = 4000});
+  const auto tokens = testing::random_tokens(2400, 260, 3);
+  std::vector<std::int64_t> parts;
+  const auto logits = [&](const char* method, std::int64_t first, std::int64_t length,
+                          std::optional<std::int64_t> chunk) {
+    parts.clear();
+    SessionOptions options;
+    options.prefill = make_method(method);
+    options.decode = make_method("dense");
+    options.chunk = chunk;
+    options.on_plan = [&](std::int64_t, const Plan& plan) { parts.push_back(plan.problem.q_len); };
+    Session session(*loaded.model, options);
+    if (first > 0) session.prefill(std::span(tokens).first(static_cast<std::size_t>(first)));
+    const auto last =
+        session.prefill(std::span(tokens).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(length)));
+    return std::vector<float>(last.begin(), last.end());
+  };
+  const char* tiles = "xattention:tau=0.05";
+  const auto in_parts = logits(tiles, 0, 2148, {});
+  EXPECT_EQ(parts, (std::vector<std::int64_t>{1024, 1124}));  // 100 tokens are less than a query tile
+  const auto whole = logits(tiles, 0, 2148, 0);
+  EXPECT_EQ(parts, (std::vector<std::int64_t>{2148}));
+  EXPECT_LT(largest_difference(in_parts, whole), 1e-3);
+  logits(tiles, 0, 2176, {});
+  EXPECT_EQ(parts, (std::vector<std::int64_t>{1024, 1024, 128}));
+  // A prompt that continues another is in parts where its tiles lie as in the whole.
+  logits(tiles, 128, 1200, {});
+  EXPECT_EQ(parts, (std::vector<std::int64_t>{128, 1024, 176}));
+  logits(tiles, 100, 1200, {});
+  EXPECT_EQ(parts, (std::vector<std::int64_t>{100, 1200}));
+  logits("minference:v=30,sl=50", 0, 1500, {});
+  EXPECT_EQ(parts, (std::vector<std::int64_t>{1500}));
+  logits("window:left=20", 0, 1025, {});
+  EXPECT_EQ(parts, (std::vector<std::int64_t>{1024, 1}));
 }
 
 TEST(MemoryTest, PromptsThatDoNotFitAreRefusedBeforeTheyRun) {

@@ -79,6 +79,8 @@ class Duo {
             retrieval_[0].size(), layers, kv_heads);
   }
 
+  std::int64_t prefill_tile() const { return whole_chunk_ ? 0 : 1; }
+
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {
     check_layer(context.layer, problem.kv_heads);
     score::PlanRows rows(problem, 128, 128, problem.kv_heads, !problem.variable_length());

@@ -201,6 +201,8 @@ struct H2O {
             .budget = {{"heavy_ratio", 0, 1}}};
   }
 
+  std::int64_t prefill_tile() const { return 1; }
+
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext&) const { return dense_plan(problem); }
 
   std::unique_ptr<LayerCache> new_cache(const LayerCacheShape& shape, const PlanContext&) const {

@@ -114,6 +114,8 @@ struct Mustafar {
         .budget = {{"key_sparsity", 0.95, 0}}};
   }
 
+  std::int64_t prefill_tile() const { return 1; }
+
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext&) const { return dense_plan(problem); }
 
   std::unique_ptr<LayerCache> new_cache(const LayerCacheShape& shape, const PlanContext&) const {

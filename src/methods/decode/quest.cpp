@@ -57,6 +57,9 @@ struct Quest {
 
   std::unique_ptr<MethodState> new_state() const { return std::make_unique<PageBoundsState>(); }
 
+  /// Shorter calls are decode steps.
+  std::int64_t prefill_tile() const { return params.decode_rows + 1; }
+
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
     std::int64_t longest = 0;
     for (std::int64_t s = 0; s < problem.batch; ++s) longest = std::max(longest, problem.q_len_of(s));

@@ -196,6 +196,8 @@ class Razor {
             retrieval_.size(), retrieval_[0].size(), layers, kv_heads);
   }
 
+  std::int64_t prefill_tile() const { return 1; }
+
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext&) const { return dense_plan(problem); }
 
   std::unique_ptr<LayerCache> new_cache(const LayerCacheShape& shape, const PlanContext& context) const {

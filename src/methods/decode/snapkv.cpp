@@ -158,6 +158,8 @@ struct SnapKV {
     require(params.kernel % 2 == 1, "snapkv: kernel={} is even; expected an odd number", params.kernel);
   }
 
+  std::int64_t prefill_tile() const { return 1; }
+
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext&) const { return dense_plan(problem); }
 
   std::unique_ptr<LayerCache> new_cache(const LayerCacheShape& shape, const PlanContext&) const {

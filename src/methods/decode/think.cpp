@@ -163,6 +163,8 @@ struct ThinK {
             .budget = {{"ratio", 0.9, 0}}};
   }
 
+  std::int64_t prefill_tile() const { return 1; }
+
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext&) const { return dense_plan(problem); }
 
   std::unique_ptr<LayerCache> new_cache(const LayerCacheShape& shape, const PlanContext&) const {

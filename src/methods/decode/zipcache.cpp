@@ -405,6 +405,8 @@ struct ZipCache {
             params.random_probes);
   }
 
+  std::int64_t prefill_tile() const { return 1; }
+
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext&) const { return dense_plan(problem); }
 
   std::unique_ptr<LayerCache> new_cache(const LayerCacheShape& shape, const PlanContext&) const {

@@ -49,6 +49,8 @@ struct GatedDeltaNet {
 
   std::unique_ptr<MethodState> new_state() const { return std::make_unique<RecurrentMethodState>(); }
 
+  std::int64_t prefill_tile() const { return layer.chunk(); }
+
   RunReport attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
                    const PlanContext& context, Plan* /*executed*/) const {
     return layer.attend(problem, inputs, outputs, context);

@@ -45,6 +45,8 @@ struct Kda {
 
   std::unique_ptr<MethodState> new_state() const { return std::make_unique<RecurrentMethodState>(); }
 
+  std::int64_t prefill_tile() const { return params.chunk; }
+
   RunReport attend(const Problem& problem, const AttentionInputs& inputs, const AttentionOutputs& outputs,
                    const PlanContext& context, Plan* /*executed*/) const {
     return layer(problem).attend(problem, inputs, outputs, context);

@@ -71,6 +71,9 @@ struct Lightning2 {
 
   std::unique_ptr<MethodState> new_state() const { return std::make_unique<RecurrentMethodState>(); }
 
+  /// The state carries what came before; parts of whole blocks give the same sums in the same order.
+  std::int64_t prefill_tile() const { return params.block; }
+
   /// Log decay per query head.
   std::vector<float> log_decays(std::int64_t heads, const PlanContext& context, const SideReader& side) const {
     const auto layer = static_cast<double>(context.layer);

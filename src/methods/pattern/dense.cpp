@@ -17,6 +17,8 @@ struct Dense {
             .phases = {.prefill = true, .decode = true, .backward = true}};
   }
 
+  std::int64_t prefill_tile() const { return 1; }
+
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext&) const { return dense_plan(problem); }
 
   Params params;

@@ -132,6 +132,12 @@ class MixtureOfSpans {
     return std::make_unique<SpanCache>(shape, std::move(rules), params_.new_tokens);
   }
 
+  /// Without a share of the length, or with all of it. A call of one query is a decode step.
+  std::int64_t prefill_tile() const {
+    const bool whole = params_.alpha == 0 && params_.beta == 1;
+    return table_.empty() && (params_.beta == 0 || whole) ? 2 : 0;
+  }
+
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {
     const std::vector<ElasticSpan> rules = rules_of(problem.kv_heads, context.layer);
     const auto heads = static_cast<std::int64_t>(rules.size());

@@ -36,6 +36,8 @@ struct TriShape {
             .budget = {{"n_local", 16, 1 << 20, true}}};
   }
 
+  std::int64_t prefill_tile() const { return params.n_last == 0 ? 1 : 0; }
+
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {
     if (context.layer < params.starting_layer) return dense_plan(problem);
     return score::a_shape_plan(problem, {params.n_init, params.n_local}, params.n_last, context.run.threads);

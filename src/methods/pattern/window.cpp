@@ -27,6 +27,8 @@ struct SlidingWindow {
             .budget = {{"left", 15, 1 << 20, true}}};
   }
 
+  std::int64_t prefill_tile() const { return 1; }
+
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext& context) const {
     score::PlanRows rows(problem, 128, 128, 1, !problem.variable_length());
     const Window window{params.left, problem.causal ? 0 : params.right};

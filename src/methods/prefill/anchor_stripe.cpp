@@ -75,6 +75,8 @@ class AnchorStripe {
 
   explicit AnchorStripe(Params params) : params_(params) {}
 
+  std::int64_t prefill_tile() const { return params_.step * params_.block; }
+
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
     return plan_two_phases(anchor(problem, context.run.threads), inputs, context,
                            [&](const RowStatistics& exact) { return stripes(problem, inputs, context, exact); });

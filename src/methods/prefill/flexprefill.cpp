@@ -112,6 +112,8 @@ class FlexPrefill {
 
   explicit FlexPrefill(Params params) : params_(params) {}
 
+  std::int64_t prefill_tile() const { return params_.gamma >= 1 ? 1 : 0; }
+
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
     score::PlanRows rows(problem, params_.block, params_.block, problem.q_heads);
     std::vector<Scratch> scratch(static_cast<std::size_t>(thread_count(context.run.threads)));

@@ -133,6 +133,13 @@ class Hip {
     read_refresh();
   }
 
+  /// Calls of few queries are decode steps; random representatives depend on the place of a tile in its call.
+  std::int64_t prefill_tile() const {
+    const bool by_length = tree() && params_.dense_queries < 0;
+    const bool by_place = tree() && params_.representative == score::Representative::random;
+    return by_length || by_place ? 0 : tile_rows() * (params_.decode_rows / tile_rows() + 1);
+  }
+
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
     if (std::binary_search(dense_layers_.begin(), dense_layers_.end(), context.layer)) return dense_plan(problem);
     std::int64_t longest = 0;

@@ -72,6 +72,11 @@ class MInference {
     if (!params_.config.empty()) patterns_ = read_head_patterns(params_.config);
   }
 
+  std::int64_t prefill_tile() const {
+    if (!patterns_.empty() || params_.pattern == HeadPattern::Kind::vertical_and_slash) return 0;
+    return params_.pattern == HeadPattern::Kind::stream_llm ? 1 : kTile;
+  }
+
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
     if (context.layer < params_.dense_layers) return dense_plan(problem);
     score::PlanRows rows(problem, kTile, kTile, problem.q_heads);

@@ -48,6 +48,10 @@ struct OracleTopK {
             .budget = {{"k", 1, 1 << 20, true}}};
   }
 
+  std::int64_t prefill_tile() const {
+    return params.always.last_rows == 0 && params.always.dense_below == 0 ? params.block_q : 0;
+  }
+
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
     score::PlanRows rows(problem, params.block_q, params.block_k, problem.q_heads);
     if (params.unit == Unit::block) {

@@ -66,6 +66,8 @@ class ProxyAttn {
             params_.query_step, params_.block);
   }
 
+  std::int64_t prefill_tile() const { return params_.gamma >= 1 ? 1 : 0; }
+
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
     require(problem.q_heads % params_.proxies == 0, "proxyattn: proxies={} does not divide the {} query heads",
             params_.proxies, problem.q_heads);

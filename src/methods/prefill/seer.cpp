@@ -91,6 +91,10 @@ class Seer {
 
   explicit Seer(Params params) : params_(params) {}
 
+  std::int64_t prefill_tile() const {
+    return params_.last_dense == 0 && params_.rule == Rule::threshold ? params_.block : 0;
+  }
+
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
     const TileGate gate = gate_of(problem, inputs);
     const int threads = context.run.threads;

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 
@@ -83,6 +84,11 @@ class Sparge {
     require(power_of_two(params_.skip_rows), "sparge: skip_rows={} is not a power of 2", params_.skip_rows);
     require(!params_.online_skip || (power_of_two(params_.block_k) && params_.block_k <= 128),
             "sparge: block_k={} with online_skip; expected 16, 32, 64 or 128", params_.block_k);
+  }
+
+  /// The mean key and the number of kept tiles are those of all keys.
+  std::int64_t prefill_tile() const {
+    return params_.smooth || params_.rule == Rule::topk ? 0 : std::lcm(params_.block_q, params_.block_k);
   }
 
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {

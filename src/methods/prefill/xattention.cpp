@@ -58,6 +58,8 @@ class XAttention {
             params_.block);
   }
 
+  std::int64_t prefill_tile() const { return params_.dense_below == 0 ? params_.block : 0; }
+
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
     const std::vector<double> shares = thresholds_.of_layer(0, params_.tau, problem, context);
     const score::TileMassOptions options{

@@ -44,6 +44,8 @@ struct Gated {
 
   explicit Gated(Params given) : params(std::move(given)), inner(make_inner(params.inner)) {}
 
+  std::int64_t prefill_tile() const { return inner->prefill_tile(); }
+
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
     return inner->plan(problem, inputs, context);
   }

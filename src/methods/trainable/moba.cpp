@@ -47,6 +47,9 @@ struct Moba {
             .search_block = "block_size"};
   }
 
+  /// The only block whose mean changes with later keys is a query's own, which it takes anyway.
+  std::int64_t prefill_tile() const { return 1; }
+
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
     if (context.layer >= context.layers - params.dense_last_layers) return dense_plan(problem);
     std::vector<std::vector<float>> means(static_cast<std::size_t>(problem.batch * problem.kv_heads));

@@ -242,6 +242,8 @@ struct Nsa {
     return side;
   }
 
+  std::int64_t prefill_tile() const { return 1; }
+
   /// The selected branch: what the data decides. The other two follow from the shapes.
   Plan plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
     check(problem, inputs);

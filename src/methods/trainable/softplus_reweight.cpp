@@ -50,6 +50,8 @@ struct SoftplusReweight {
             .phases = {.prefill = true, .decode = true, .backward = true}};
   }
 
+  std::int64_t prefill_tile() const { return 1; }
+
   Plan plan(const Problem& problem, const AttentionInputs&, const PlanContext&) const { return dense_plan(problem); }
 
   RunReport attend(const Problem& problem, const AttentionInputs& given, const AttentionOutputs& outputs,

@@ -31,6 +31,13 @@ Plan window_plan(const Problem& problem, std::int64_t window, std::int64_t tile_
   return std::move(builder).finish();
 }
 
+std::int64_t LayerMethod::prefill_tile() const {
+  const std::int64_t tile = inner_.prefill_tile();
+  // Within the window and beyond it a method attends differently: parts that exceed it are all beyond.
+  if (window_ == 0 || tile == 0 || inner_.info().name == "dense") return tile;
+  return tile * (window_ / tile + 1);
+}
+
 Plan LayerMethod::plan(const Problem& problem, const AttentionInputs& inputs, const PlanContext& context) const {
   if (!limits(problem)) return inner_.plan(problem, inputs, context);
   const MethodInfo& info = inner_.info();

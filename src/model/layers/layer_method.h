@@ -29,6 +29,7 @@ class LayerMethod final : public Method {
                    const PlanContext& context, Plan* executed) const override;
   bool runs_its_plan() const override { return inner_.runs_its_plan(); }
   std::unique_ptr<MethodState> new_state() const override { return inner_.new_state(); }
+  std::int64_t prefill_tile() const override;
 
  private:
   bool limits(const Problem& problem) const { return window_ > 0 && window_ < problem.kv_len; }
