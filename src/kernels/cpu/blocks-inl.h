@@ -226,6 +226,12 @@ inline void multiply_rows(const BlockRows& weights, const ByteActivations& x, fl
 // One row of activations, which is what decoding multiplies: codes go from memory to a register and never through a
 // buffer.
 
+/// Products of whole bytes cost no more than those of nibbles.
+#if defined(TESSERA_LEVEL_BF16)
+constexpr bool kWideBytes = true;
+#else
+constexpr bool kWideBytes = false;
+#endif
 /// Groups of 32 numbers that a vector of words holds.
 constexpr int kHalves = kLanes / 8;
 /// Rows of weights whose sums are reduced together.
@@ -349,7 +355,10 @@ inline Vec dot_q45_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiv
   constexpr std::int64_t size = BlockQ45K<fifth>::bytes;
   Vec acc[2]{zero(), zero()};
   Vec low = zero();
+  // Nibbles of odd groups stay where they are, 16 times as large, where products of such bytes cost no more.
+  constexpr bool kInPlace = !fifth && kWideBytes;
   const IntVec low_bits = set1_int(0x0f0f0f0f);
+  [[maybe_unused]] const IntVec high_bits = set1_int(static_cast<std::int32_t>(0xf0f0f0f0U));
   const IntVec fifth_bit = set1_int(0x10101010);
   for (std::int64_t first = 0; first < inputs; first += 256, p += size) {
     prefetch_ahead(p, size);
@@ -364,10 +373,10 @@ inline Vec dot_q45_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiv
       const std::int8_t* numbers = x.paired + first + v * 32;
       const auto half = [&](IntVec own, [[maybe_unused]] auto which, auto odd) __attribute__((always_inline)) {
         IntVec nibbles = own;
-        if constexpr (odd()) nibbles = shift_right<4>(own);
-        nibbles = bits_and(nibbles, low_bits);
+        if constexpr (odd() && !kInPlace) nibbles = shift_right<4>(own);
+        nibbles = bits_and(nibbles, odd() && kInPlace ? high_bits : low_bits);
         if constexpr (fifth) {
-          const IntVec bits = load_quarters(p + 16 + which() * 16, 0);
+          const IntVec bits = repeat_quarter(p + 16 + which() * 16);
           nibbles = bits_or(nibbles, bits_and(shift_quarters<4 - 4 * v - odd()>(bits), fifth_bit));
         }
         return nibbles;
@@ -384,7 +393,8 @@ inline Vec dot_q45_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiv
     multiply(std::integral_constant<int, 0>{});
     if constexpr (kHalves == 1) multiply(std::integral_constant<int, 1>{});
   }
-  return sub(add(acc[0], acc[1]), low);
+  if constexpr (kInPlace) acc[1] = mul(acc[1], set1(1.0F / 16));
+  return sub(add(acc[0], acc[1]), drop_scales(low));
 }
 
 /// Bytes 0 to 15 of the scales of a Q3_K block, 32 too large.
@@ -441,7 +451,7 @@ inline Vec dot_q23_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiv
       codes = bits_and(shift_halves<-2 * k, -2 * k - 2>(codes), two_bits);
       if constexpr (third) {
         constexpr int left = 2 - half() * 4 - k;
-        codes = bits_or(codes, bits_and(shift_halves<left, left - 1>(load_halves(p, 0)), third_bit));
+        codes = bits_or(codes, bits_and(shift_halves<left, left - 1>(repeat_half(p)), third_bit));
       }
       constexpr int at = half() * 128 + k * 32;
       const IntVec numbers = load_int(reinterpret_cast<const std::int32_t*>(x.bytes + first + at));
@@ -488,7 +498,7 @@ inline Vec dot_q6_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiva
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const auto* nibbles = reinterpret_cast<const std::int32_t*>(p + half * 64);
-      const IntVec high = load_halves(p + 128 + half * 32, 0);
+      const IntVec high = repeat_half(p + 128 + half * 32);
       const auto joined = [&](IntVec nibble, IntVec two) __attribute__((always_inline)) {
         return bits_or(bits_and(nibble, low_bits), bits_and(two, high_bits));
       };

@@ -97,9 +97,11 @@ template <int bits, int step>
   return bits_or(low_bits, shift_left<2>(high_bit));
 }
 
-/// out[r][v] = sum over the depth of coefficient * code for the lanes of vector v, without factor and offset.
+/// out[r][v] = sum over the depth of coefficient * code for the lanes of vector v, without factor and offset. Asks for
+/// the codes `ahead` words later, at the same place of the next block: a cell is too short for the hardware to see it
+/// coming. What lies behind the last block is not touched by asking.
 template <int bits, int rows, int vecs>
-[[gnu::noinline]] void multiply_codes(const std::uint32_t* const* codes, std::int64_t granules,
+[[gnu::noinline]] void multiply_codes(const std::uint32_t* const* codes, std::int64_t granules, std::int64_t ahead,
                                       const Coefficients& coefficients, Vec (&out)[kQuantizedRows][kQuantizedVecs]) {
   constexpr int digits = digits_beside(bits);
   constexpr int words = static_cast<int>(granule_words(bits));
@@ -119,8 +121,9 @@ template <int bits, int rows, int vecs>
     for (int v = 0; v < vecs; ++v) {
 #pragma GCC unroll 3
       for (int w = 0; w < words; ++w) {
-        packed[v][w] =
-            load_int(reinterpret_cast<const std::int32_t*>(codes[v]) + (granule * words + w) * kQuantizedCell);
+        const std::uint32_t* from = codes[v] + (granule * words + w) * kQuantizedCell;
+        packed[v][w] = load_int(reinterpret_cast<const std::int32_t*>(from));
+        __builtin_prefetch(from + ahead, 0, 2);
       }
     }
     unrolled<depth / 4>([&](auto step) __attribute__((always_inline)) {
@@ -203,8 +206,9 @@ inline void multiply_block(const QuantizedTiles& tiles, const QuantizedBlock& bl
       codes[v] = block.codes + (vec + v) / kVecsPer16 * block.cell_words + (vec + v) % kVecsPer16 * kLanes;
     }
     Vec products[kQuantizedRows][kQuantizedVecs];
-    with_count<kQuantizedVecs>(
-        count, [&](auto vecs) { multiply_codes<bits, rows, vecs()>(codes, block.granules, coefficients, products); });
+    with_count<kQuantizedVecs>(count, [&](auto vecs) {
+      multiply_codes<bits, rows, vecs()>(codes, block.granules, block.cells * block.cell_words, coefficients, products);
+    });
     for (int v = 0; v < count; ++v) {
       const std::int64_t at = lane + v * kLanes;
       for (int r = 0; r < rows; ++r) {

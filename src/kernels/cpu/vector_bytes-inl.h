@@ -38,6 +38,14 @@ inline IntVec load_quarters(const std::uint8_t* p, std::int64_t stride) {
   const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(quarter(2)), quarter(3), 1);
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
+/// 32 bytes at p on all halves.
+inline IntVec repeat_half(const std::uint8_t* p) {
+  return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+/// 16 bytes at p on every four lanes.
+inline IntVec repeat_quarter(const std::uint8_t* p) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 /// Quarters 0 and 2 of a, then those of b; with 8 lanes, which have two quarters, 0 of a and 0 of b.
 inline IntVec even_quarters(IntVec a, IntVec b) {
   return _mm512_shuffle_i32x4(a, b, 0x88);
@@ -111,16 +119,6 @@ inline Vec spread_fours(Vec v, int first) {
   const __m512i from = _mm512_setr_epi32(0, 0, 0, 0, b, b, b, b, c, c, c, c, d, d, d, d);
   return _mm512_permutexvar_ps(_mm512_add_epi32(from, _mm512_set1_epi32(first)), v);
 }
-/// The f16 number at p on the first half of the lanes, that `stride` bytes later on the second, where there are 16
-/// lanes.
-inline Vec spread_half_numbers(const std::uint8_t* p, std::int64_t stride) {
-  std::uint16_t first;
-  std::uint16_t second;
-  std::memcpy(&first, p, 2);
-  std::memcpy(&second, p + stride, 2);
-  const __m256i low = _mm256_castsi128_si256(_mm_set1_epi16(static_cast<std::int16_t>(first)));
-  return _mm512_cvtph_ps(_mm256_inserti128_si256(low, _mm_set1_epi16(static_cast<std::int16_t>(second)), 1));
-}
 inline IntVec flip_signs(IntVec bytes) {
   return _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80)));
 }
@@ -131,14 +129,18 @@ inline Vec spread_two(Vec v, int first) {
       _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, apart, apart, apart, apart, apart, apart, apart, apart);
   return _mm512_permutexvar_ps(_mm512_add_epi32(from, _mm512_set1_epi32(first)), v);
 }
-/// The 6-bit scales and minima of eight groups, 12 bytes at p (of which 16 may be read), as bytes.
+/// The 6-bit scales and minima of eight groups in 12 bytes at p, as bytes. Out of general registers: the units of
+/// vectors are what a product is short of.
 inline __m128i spread_factors16(const std::uint8_t* p) {
-  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  const __m128i low = _mm_and_si128(words, _mm_set1_epi8(0x3f));
-  const __m128i third = _mm_srlv_epi32(_mm_shuffle_epi32(words, 0xaa), _mm_setr_epi32(0, 4, 0, 4));
-  const __m128i high = _mm_or_si128(_mm_and_si128(third, _mm_set1_epi8(0x0f)),
-                                    _mm_and_si128(_mm_srli_epi32(words, 2), _mm_set1_epi8(0x30)));
-  return _mm_unpacklo_epi32(low, high);
+  std::uint64_t low;
+  std::uint32_t third;
+  std::memcpy(&low, p, 8);
+  std::memcpy(&third, p + 8, 4);
+  const std::uint64_t nibbles = third | std::uint64_t{third >> 4} << 32;
+  const std::uint64_t first = low & 0x3f3f3f3f3f3f3f3fU;
+  const std::uint64_t second = (nibbles & 0x0f0f0f0f0f0f0f0fU) | (low >> 2 & 0x3030303030303030U);
+  return _mm_unpacklo_epi32(_mm_cvtsi64_si128(static_cast<std::int64_t>(first)),
+                            _mm_cvtsi64_si128(static_cast<std::int64_t>(second)));
 }
 /// The scales of eight groups of a K block times `scales`, and their minima times `sums`. The block begins with its own
 /// scale and that of the minima as f16 and goes on with 12 bytes as above.
@@ -148,10 +150,19 @@ struct GroupFactors {
 inline GroupFactors weigh_groups(const std::uint8_t* p, const float* scales, const float* sums) {
   const __m512 factors = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(spread_factors16(p + 4)));
   const __m512 weights = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(scales)), _mm256_loadu_ps(sums), 1);
-  return {_mm512_mul_ps(_mm512_mul_ps(factors, weights), spread_half_numbers(p, 2))};
+  std::int32_t both;
+  std::memcpy(&both, p, 4);
+  const __m256i halves =
+      _mm256_setr_epi64x(0x0100010001000100, 0x0100010001000100, 0x0302030203020302, 0x0302030203020302);
+  const __m512 own = _mm512_cvtph_ps(_mm256_shuffle_epi8(_mm256_set1_epi32(both), halves));
+  return {_mm512_mul_ps(_mm512_mul_ps(factors, weights), own)};
 }
+/// Adds minima to sums of which only drop_scales() makes something.
 inline Vec add_minima(Vec sum, GroupFactors factors) {
-  return _mm512_mask_add_ps(sum, 0xff00, sum, factors.scales);
+  return _mm512_add_ps(sum, factors.scales);
+}
+inline Vec drop_scales(Vec sum) {
+  return _mm512_maskz_mov_ps(0xff00, sum);
 }
 /// p[0] on the first `lanes` lanes, p[1] on the next, and so on. 8 or 4 lanes.
 template <int lanes>
@@ -213,6 +224,12 @@ inline IntVec load_quarters(const std::uint8_t* p, std::int64_t stride) {
   const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + stride));
   return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+inline IntVec repeat_half(const std::uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline IntVec repeat_quarter(const std::uint8_t* p) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 inline IntVec even_quarters(IntVec a, IntVec b) {
   return _mm256_permute2x128_si256(a, b, 0x20);
@@ -302,6 +319,9 @@ inline GroupFactors weigh_groups(const std::uint8_t* p, const float* scales, con
 inline Vec add_minima(Vec sum, GroupFactors factors) {
   return add(sum, factors.minima);
 }
+inline Vec drop_scales(Vec sum) {
+  return sum;
+}
 template <int lanes>
 inline Vec spread_lanes(const float* p) {
   if constexpr (lanes == 8) {
@@ -349,6 +369,12 @@ inline IntVec load_halves(const void* p, std::int64_t) {
 }
 inline IntVec load_quarters(const std::uint8_t* p, std::int64_t stride) {
   return {vreinterpretq_s32_u8(vld1q_u8(p)), vreinterpretq_s32_u8(vld1q_u8(p + stride))};
+}
+inline IntVec repeat_half(const std::uint8_t* p) {
+  return load_halves(p, 0);
+}
+inline IntVec repeat_quarter(const std::uint8_t* p) {
+  return load_quarters(p, 0);
 }
 inline IntVec even_quarters(IntVec a, IntVec b) {
   return {a.low, b.low};
@@ -433,6 +459,9 @@ inline GroupFactors weigh_groups(const std::uint8_t* p, const float* scales, con
 inline Vec add_minima(Vec sum, GroupFactors factors) {
   return add(sum, factors.minima);
 }
+inline Vec drop_scales(Vec sum) {
+  return sum;
+}
 template <int lanes>
 inline Vec spread_lanes(const float* p) {
   return {vdupq_n_f32(p[0]), vdupq_n_f32(p[lanes == 8 ? 0 : 1])};
@@ -473,6 +502,12 @@ inline IntVec load_quarters(const std::uint8_t* p, std::int64_t stride) {
   std::memcpy(&out, p, 16);
   std::memcpy(reinterpret_cast<std::uint8_t*>(&out) + 16, p + stride, 16);
   return out;
+}
+inline IntVec repeat_half(const std::uint8_t* p) {
+  return load_halves(p, 0);
+}
+inline IntVec repeat_quarter(const std::uint8_t* p) {
+  return load_quarters(p, 0);
 }
 inline IntVec even_quarters(IntVec a, IntVec b) {
   return IntVec{a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]};
@@ -551,6 +586,9 @@ inline GroupFactors weigh_groups(const std::uint8_t* p, const float* scales, con
 }
 inline Vec add_minima(Vec sum, GroupFactors factors) {
   return add(sum, factors.minima);
+}
+inline Vec drop_scales(Vec sum) {
+  return sum;
 }
 template <int lanes>
 inline Vec spread_lanes(const float* p) {
