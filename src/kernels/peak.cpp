@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "core/parallel.h"
@@ -20,26 +22,26 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 
 }  // namespace
 
-double measure_peak_gflops(Isa isa, DType compute, int threads) {
+double product_pass(Isa isa, DType compute, int threads, int rounds) {
+  constexpr std::int64_t iterations = 4'000'000;
   const LevelKernels& level = level_of(isa);
   const bool pairs = level.pairs_bf16 && compute == DType::bf16;
   const int team = thread_count(threads);
-  constexpr int rounds = 7;
-  constexpr std::int64_t iterations = 4'000'000;
-  double best = 0;
-  for (int round = 0; round < rounds; ++round) {
-    std::vector<float> sinks(static_cast<std::size_t>(team));
-    std::vector<double> operations(static_cast<std::size_t>(team));
-    const auto start = std::chrono::steady_clock::now();
+  std::vector<float> sinks(static_cast<std::size_t>(team));
+  std::vector<double> operations(static_cast<std::size_t>(team));
+  const auto start = std::chrono::steady_clock::now();
 #pragma omp parallel num_threads(team)
-    {
-      const auto t = static_cast<std::size_t>(omp_get_thread_num());
-      operations[t] = level.product_loop(iterations, pairs, &sinks[t]);
-    }
-    double total = 0;
-    for (const double own : operations) total += own;
-    best = std::max(best, total / seconds_since(start) / 1e9);
+  {
+    const auto t = static_cast<std::size_t>(omp_get_thread_num());
+    operations[t] = level.product_loop(rounds * iterations, pairs, &sinks[t]);
   }
+  return std::accumulate(operations.begin(), operations.end(), 0.0) / seconds_since(start) / 1e9;
+}
+
+double measure_peak_gflops(Isa isa, DType compute, int threads) {
+  constexpr int passes = 7;
+  double best = 0;
+  for (int pass = 0; pass < passes; ++pass) best = std::max(best, product_pass(isa, compute, threads, 1));
   return best;
 }
 

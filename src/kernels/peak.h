@@ -8,7 +8,11 @@
 namespace tessera::kernels {
 
 /// GFLOP/s of the product instruction that `isa` uses for inputs of `compute` dtype (bf16 pairs where it has them, else
-/// float fused multiply-adds), on registers only, `threads` threads (0: all). Best of several short rounds.
+/// float fused multiply-adds), on registers only, `threads` threads (0: all), in `rounds` rounds of about 30 ms. A
+/// kernel is judged by passes taken in turn with it: what a shared host gives changes within a second.
+double product_pass(Isa isa, DType compute, int threads, int rounds);
+
+/// The best of several rounds.
 double measure_peak_gflops(Isa isa, DType compute, int threads);
 
 /// Reads a buffer far larger than the caches, pass by pass: memory is shared with whatever else the host runs, and what

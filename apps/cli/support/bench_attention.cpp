@@ -246,25 +246,43 @@ class Subject {
   RunReport report_;
 };
 
-/// What the machine can do: arithmetic as the largest rate seen before and after the measurement, memory as the median
-/// of several passes, which in the decode phase take turns with the kernels.
-struct Peaks {
-  double gflops = 0;
-  double gbps = 0;
-  double best_gbps = 0;
+/// What the machine can do.
+struct PeakRates {
+  Spread gflops;
+  Spread gbps;
+};
 
-  void measure(Isa isa, DType dtype, int threads, bool recurrence) {
-    // The kernels compute bf16 with dot products where the machine has them, all else, and recurrences, in f32.
-    const DType compute = isa == Isa::avx512_bf16 && dtype == DType::bf16 && !recurrence ? DType::bf16 : DType::f32;
-    gflops = std::max(gflops, kernels::measure_peak_gflops(isa, compute, threads));
+/// Passes over registers and over memory, to be taken in turn with the kernels.
+class PeakPasses {
+ public:
+  /// The kernels compute bf16 with dot products where the machine has them, all else, and recurrences, in f32.
+  PeakPasses(Isa isa, DType dtype, int threads, bool recurrence)
+      : isa_(isa),
+        compute_(isa == Isa::avx512_bf16 && dtype == DType::bf16 && !recurrence ? DType::bf16 : DType::f32),
+        threads_(threads),
+        reader_(threads) {}
+
+  void multiply() {
+    constexpr int rounds = 4;  // long enough to be interrupted as often as a kernel is
+    products_.push_back(kernels::product_pass(isa_, compute_, threads_, rounds));
   }
+  void read() { reads_.push_back(reader_.pass()); }
 
-  void read(kernels::MemoryReader& reader, std::vector<double> passes) {
+  /// Fills up what took no turns.
+  PeakRates finish() {
     constexpr std::size_t enough = 7;
-    while (passes.size() < enough) passes.push_back(reader.pass());
-    gbps = spread_of(passes).median;
-    best_gbps = spread_of(passes).max;
+    while (products_.size() < enough) multiply();
+    while (reads_.size() < enough) read();
+    return {spread_of(products_), spread_of(reads_)};
   }
+
+ private:
+  Isa isa_;
+  DType compute_;
+  int threads_;
+  kernels::MemoryReader reader_;
+  std::vector<double> products_;
+  std::vector<double> reads_;
 };
 
 struct Result {
@@ -276,7 +294,7 @@ struct Result {
   Spread dense_ms;
   Spread forward_ms;         ///< of the same subject, in the backward phase
   double forward_flops = 0;  ///< of a recurrence in that phase
-  Peaks peaks;
+  PeakRates peaks;
   std::optional<OutputError> error;  ///< of the subject against dense, in the same dtype; none for a recurrence
   double peak_rss_mb = 0;
   double extra_mb = 0;  ///< what one execution needed beyond its inputs and outputs
@@ -327,7 +345,7 @@ class BackwardData {
 /// subject's forward pass left.
 void measure_backward(const Options& options, const Plan& dense, const RunOptions& dense_options,
                       const AttentionInputs& inputs, const AttentionOutputs& outputs, Subject& subject,
-                      Result& result) {
+                      PeakPasses& peaks, Result& result) {
   const Problem& problem = dense.problem;
   std::vector<std::byte> dense_o(static_cast<std::size_t>(problem.q_heads * problem.q_len * problem.value_dim) *
                                  size_of(outputs.o.dtype));
@@ -349,6 +367,7 @@ void measure_backward(const Options& options, const Plan& dense, const RunOption
   std::vector<double> dense_ms;
   std::vector<double> forward_ms;
   for (int i = 0; i < options.repeats; ++i) {
+    peaks.multiply();
     forward_ms.push_back(subject.execute(inputs, outputs).kernel_ms);
     result.forward_flops = subject.report().flops;
     const Times times = subject.execute_backward(inputs, own.saved, own.gradients);
@@ -358,6 +377,7 @@ void measure_backward(const Options& options, const Plan& dense, const RunOption
     fmt::print(stderr, "{}/{}: {} backward {:.2f} ms (forward {:.2f} ms), dense backward {:.2f} ms\n", i + 1,
                options.repeats, subject.name(), kernel_ms.back(), forward_ms.back(), dense_ms.back());
   }
+  result.peaks = peaks.finish();
   result.report = subject.report();
   result.plan_ms = spread_of(plan_ms);
   result.kernel_ms = spread_of(kernel_ms);
@@ -371,8 +391,6 @@ Result measure(const Options& options, const Problem& problem, Subject& subject,
   const DType dtype = dtype_from_name(options.dtype);
   const int threads = thread_count(run_options.threads);
 
-  fmt::print(stderr, "peaks ...\n");
-  result.peaks.measure(*run_options.isa, dtype, threads, !subject.has_plan());
   fmt::print(stderr, "data ({}) ...\n", options.data);
   HeadOptions head_options = head_options_of(options, problem);
   head_options.threads = threads;
@@ -407,11 +425,9 @@ Result measure(const Options& options, const Problem& problem, Subject& subject,
     if (subject.verifiable()) verify_samples(subject.name(), subject.plan(), inputs, outputs);
     result.statistics = statistics(subject.plan());
   }
+  PeakPasses peaks(*run_options.isa, dtype, threads, !subject.has_plan());
   if (options.phase == "backward") {
-    measure_backward(options, dense, dense_options, inputs, outputs, subject, result);
-    result.peaks.measure(*run_options.isa, dtype, threads, !subject.has_plan());
-    kernels::MemoryReader reader(threads);
-    result.peaks.read(reader, {});
+    measure_backward(options, dense, dense_options, inputs, outputs, subject, peaks, result);
     return result;
   }
   std::vector<std::byte> subject_o = o;
@@ -427,10 +443,12 @@ Result measure(const Options& options, const Problem& problem, Subject& subject,
   std::vector<double> plan_ms;
   std::vector<double> kernel_ms;
   std::vector<double> dense_ms;
-  std::vector<double> passes;
-  kernels::MemoryReader reader(threads);
   for (int i = 0; i < options.repeats; ++i) {
-    if (options.phase == "decode") passes.push_back(reader.pass());
+    if (options.phase == "decode") {
+      peaks.read();
+    } else {
+      peaks.multiply();
+    }
     const Times times = subject.execute(inputs, outputs);
     plan_ms.push_back(times.plan_ms);
     kernel_ms.push_back(times.kernel_ms);
@@ -438,8 +456,7 @@ Result measure(const Options& options, const Problem& problem, Subject& subject,
     fmt::print(stderr, "{}/{}: {} {:.2f} ms (plan {:.2f} ms), dense {:.2f} ms\n", i + 1, options.repeats,
                subject.name(), kernel_ms.back(), plan_ms.back(), dense_ms.back());
   }
-  result.peaks.measure(*run_options.isa, dtype, threads, !subject.has_plan());
-  result.peaks.read(reader, std::move(passes));
+  result.peaks = peaks.finish();
   result.report = subject.report();
   result.plan_ms = spread_of(plan_ms);
   result.kernel_ms = spread_of(kernel_ms);
@@ -472,14 +489,15 @@ nlohmann::ordered_json to_json(const Options& options, const Subject& subject, c
       {"plan_ms", to_json(result.plan_ms)},
       {"kernel_ms", to_json(result.kernel_ms)},
       {"gflops", gflops},
-      {"peak_gflops", result.peaks.gflops},
-      {"fraction_of_peak", gflops / result.peaks.gflops},
+      {"peak_gflops", result.peaks.gflops.median},
+      {"fraction_of_peak", gflops / result.peaks.gflops.median},
       {"dense_ms", to_json(result.dense_ms)},
       {"ratio_to_dense", ratio},
       {"gbps", gbps},
-      {"peak_gbps", result.peaks.gbps},
-      {"fraction_of_bandwidth", gbps / result.peaks.gbps},
-      {"peak_gbps_best", result.peaks.best_gbps},
+      {"peak_gbps", result.peaks.gbps.median},
+      {"fraction_of_bandwidth", gbps / result.peaks.gbps.median},
+      {"peak_gflops_best", result.peaks.gflops.max},
+      {"peak_gbps_best", result.peaks.gbps.max},
       {"kernel", name_of(result.report.kernel)},
       {"executed_density", result.statistics.executed_density},
       {"ratio_to_density_times_dense", subject.has_plan() ? ratio / result.statistics.density : 0},
@@ -499,7 +517,7 @@ nlohmann::ordered_json to_json(const Options& options, const Subject& subject, c
     const double forward_gflops =
         (subject.has_plan() ? forward_flops : result.forward_flops) / (result.forward_ms.median / 1e3) / 1e9;
     json["forward_ms"] = to_json(result.forward_ms);
-    json["forward_fraction_of_peak"] = forward_gflops / result.peaks.gflops;
+    json["forward_fraction_of_peak"] = forward_gflops / result.peaks.gflops.median;
   }
   return json;
 }

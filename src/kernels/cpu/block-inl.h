@@ -129,10 +129,54 @@ inline GroupRange reached_groups(const TileScratch& scratch, std::int64_t row, s
   return range;
 }
 
+/// Asks for the panels of the next block, into L2, a few lines before every register block: they come from memory or
+/// L3, each is too short for the processor's own prefetching to get going, and many at once would keep the misses of
+/// the product waiting.
+class PanelFetch {
+ public:
+  /// Everything is asked for after `steps` steps.
+  PanelFetch(const TileShape& shape, const TileScratch& scratch, std::int64_t steps)
+      : k_lines_(shape.k_storage_panel / kLine), v_lines_(shape.v_panel / kLine), scratch_(scratch) {
+    left_ = scratch.next_count * (k_lines_ + v_lines_);
+    share_ = (left_ + steps - 1) / std::max<std::int64_t>(1, steps);
+  }
+
+  void step() {
+    const std::int64_t count = std::min(share_, left_);
+    left_ -= count;
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (in_panel_ == 0) next_panel();
+      __builtin_prefetch(line_, 0, 2);
+      line_ += kLine;
+      --in_panel_;
+    }
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 16;  ///< words
+
+  /// Keys and values of a group, then those of the next.
+  void next_panel() {
+    const bool value = panel_ % 2 != 0;
+    line_ = (value ? scratch_.next_v : scratch_.next_k)[panel_ / 2];
+    in_panel_ = value ? v_lines_ : k_lines_;
+    ++panel_;
+  }
+
+  std::int64_t k_lines_;
+  std::int64_t v_lines_;
+  const TileScratch& scratch_;
+  std::int64_t left_;
+  std::int64_t share_;
+  std::int64_t panel_ = 0;
+  std::int64_t in_panel_ = 0;  ///< lines that the panel still has
+  const std::uint32_t* line_ = nullptr;
+};
+
 /// Scores of rows [begin, end), for the groups that reach any of their positions.
 template <class Product>
 inline void block_scores(const TileShape& shape, TileScratch& scratch, std::int64_t begin, std::int64_t end,
-                         SoftmaxStream<Product>& shadow) {
+                         SoftmaxStream<Product>& shadow, PanelFetch& fetch) {
   for (std::int32_t g = 0; g < scratch.group_count; g += kRegisterPanels) {
     const GroupRange all = {g, std::min<std::int32_t>(g + kRegisterPanels, scratch.group_count)};
     for (std::int64_t first = begin, count = 0; first < end; first += count) {
@@ -143,6 +187,7 @@ inline void block_scores(const TileShape& shape, TileScratch& scratch, std::int6
       const std::uint32_t* k[kRegisterPanels] = {};
       for (std::int32_t p = range.first; p < range.last; ++p) k[p - range.first] = scratch.groups[p].k;
       float* scores = scratch.scores + first * kBlockKeys + range.first * kGroupKeys;
+      fetch.step();
       with_count<kRegisterRows>(count, [&](auto row_count) {
         with_count<kRegisterPanels>(range.last - range.first, [&](auto panel_count) {
           score_rows<Product, row_count(), panel_count()>(scratch.q_rows + first, k, shape.compute_words, scores,
@@ -156,7 +201,7 @@ inline void block_scores(const TileShape& shape, TileScratch& scratch, std::int6
 /// Output product of rows [begin, end) over the groups that reach any of them and that not all of them skip.
 template <class Product>
 inline void block_output(const TileShape& shape, TileScratch& scratch, std::int64_t begin, std::int64_t end,
-                         bool may_skip, SoftmaxStream<Product>& shadow) {
+                         bool may_skip, SoftmaxStream<Product>& shadow, PanelFetch& fetch) {
   const std::int64_t slabs = shape.value_columns / 16;
   for (std::int64_t slab = 0; slab < slabs; slab += kRegisterPanels) {
     const std::int64_t panels = std::min<std::int64_t>(kRegisterPanels, slabs - slab);
@@ -179,6 +224,7 @@ inline void block_output(const TileShape& shape, TileScratch& scratch, std::int6
           ++groups.count;
         }
       }
+      fetch.step();
       with_count<kRegisterRows>(count, [&](auto row_count) {
         with_count<kRegisterPanels>(panels, [&](auto panel_count) {
           output_rows<Product, row_count(), panel_count()>(
@@ -346,25 +392,6 @@ inline void prepare_weights(const Call& call, const TileShape& shape, const Scor
 /// it is in L1.
 constexpr std::int64_t kStageRows = (kShadow ? 2 : 4) * kRegisterRows;
 
-/// Asks for share `part` of `parts` of the next block's panels, into L2: they come from memory or L3, and each is too
-/// short for the processor's own prefetching to get going.
-inline void fetch_ahead(const TileShape& shape, const TileScratch& scratch, std::int64_t part, std::int64_t parts) {
-  constexpr std::int64_t line = 16;  // words
-  const auto fetch = [&](const std::uint32_t* const* panels, std::int64_t panel_words) {
-    const std::int64_t lines = panel_words / line;
-    const std::int64_t begin = scratch.next_count * lines * part / parts;
-    std::int64_t left = scratch.next_count * lines * (part + 1) / parts - begin;
-    std::int64_t in_panel = begin % lines;
-    for (std::int64_t panel = begin / lines; left > 0; ++panel, in_panel = 0) {
-      const std::int64_t end = std::min(lines, in_panel + left);
-      left -= end - in_panel;
-      for (; in_panel < end; ++in_panel) __builtin_prefetch(panels[panel] + in_panel * line, 0, 2);
-    }
-  };
-  fetch(scratch.next_k, shape.k_storage_panel);
-  fetch(scratch.next_v, shape.v_panel);
-}
-
 /// The whole block for `rows` rows of the scratch; clears the list of groups.
 ///
 /// Stage by stage of a few register blocks, in a pipeline of three: the scores of one stage and the output of the one
@@ -380,14 +407,15 @@ void process_block(const Call& call, const TileShape& shape, const ScoreRule& ru
   // The online skip judges a whole row group at once.
   const bool may_skip = call.online_skip.used();
   const std::int64_t stage_rows = may_skip ? call.online_skip.rows : kStageRows;
+  PanelFetch fetch(shape, scratch,
+                   rows / kRegisterRows * (scratch.group_count + shape.value_columns / 16) / kRegisterPanels);
   for (std::int64_t stage = 0; stage < rows + 2 * stage_rows; stage += stage_rows) {
     const auto row_of = [&](std::int64_t lag) { return std::clamp<std::int64_t>(stage - lag * stage_rows, 0, rows); };
-    if (stage < rows) fetch_ahead(shape, scratch, stage / stage_rows, (rows + stage_rows - 1) / stage_rows);
     prepare_weights<Product>(call, shape, rule, job, scratch, row_of(1), row_of(0));
     const std::int64_t last = rule.weights == RowWeights::softmax ? row_of(0) : row_of(1);
     SoftmaxStream<Product> shadow(rule, shape, scratch, row_of(1), last, columns);
-    block_scores<Product>(shape, scratch, row_of(0), row_of(-1), shadow);
-    block_output<Product>(shape, scratch, row_of(2), row_of(1), may_skip, shadow);
+    block_scores<Product>(shape, scratch, row_of(0), row_of(-1), shadow, fetch);
+    block_output<Product>(shape, scratch, row_of(2), row_of(1), may_skip, shadow, fetch);
     shadow.finish();
   }
   if (slow) add_slow_values<Product>(shape, sources, scratch, rows);
