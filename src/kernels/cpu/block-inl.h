@@ -138,7 +138,8 @@ class PanelFetch {
   PanelFetch(const TileShape& shape, const TileScratch& scratch, std::int64_t steps)
       : k_lines_(shape.k_storage_panel / kLine), v_lines_(shape.v_panel / kLine), scratch_(scratch) {
     left_ = scratch.next_count * (k_lines_ + v_lines_);
-    share_ = (left_ + steps - 1) / std::max<std::int64_t>(1, steps);
+    steps = std::max<std::int64_t>(1, steps);
+    share_ = (left_ + steps - 1) / steps;
   }
 
   void step() {
