@@ -98,6 +98,13 @@ struct HeadCase {
   }
 };
 
+/// A value as the method reads it: tests of gradients give values of their own width.
+double value_at(const AttentionCase& c, std::int64_t s, std::int64_t head, std::int64_t key, std::int64_t d) {
+  const TensorView& v = c.inputs.v;
+  if (c.inputs.pages.used() || c.problem.variable_length()) return c.v(s, head, key, d);
+  return load_as_float(v.row(s, head, key), v.dtype, d);
+}
+
 /// Classes by definition: tiles ranked by mean query times mean key.
 HeadCase head_case(const AttentionCase& c, const Side& side, std::int64_t s, std::int64_t h, std::int64_t tile_q,
                    std::int64_t tile_k, double critical, double negligible, bool all, const std::string& map) {
@@ -115,7 +122,7 @@ HeadCase head_case(const AttentionCase& c, const Side& side, std::int64_t s, std
   }
   for (std::int64_t j = 0; j < head.keys; ++j) {
     for (std::int64_t d = 0; d < head.dim; ++d) head.k.push_back(c.k(s, h / p.group(), j, d));
-    for (std::int64_t d = 0; d < head.value_dim; ++d) head.v.push_back(c.v(s, h / p.group(), j, d));
+    for (std::int64_t d = 0; d < head.value_dim; ++d) head.v.push_back(value_at(c, s, h / p.group(), j, d));
   }
   const std::int64_t own = side.heads == 1 ? 0 : h;
   const std::int64_t square = side.dim * side.dim;
@@ -243,92 +250,131 @@ TEST(Sla, AllCriticalIsDenseAndHasNoLinearBranch) {
   for (std::size_t i = 0; i < dense.o.size(); ++i) ASSERT_NEAR(method.o[i], dense.o[i], 1e-5);
 }
 
-TEST(Sla, GradientsAreThoseOfTheFormula) {
-  for (const Spec& spec : {Spec{4, 4, 0.34, 0.17, false, "softmax"}, Spec{4, 3, 0.25, 0, false, "elu"},
-                           Spec{5, 4, 0.25, 0, true, "softmax"}}) {
-    const AttentionCase c(bidirectional(
-        {.name = "small", .batch = 2, .q_heads = 4, .kv_heads = 2, .q_len = 10, .kv_len = 23, .head_dim = 6}));
-    const Problem& p = c.problem;
-    for (const bool per_head : {false, true}) {
-      const Side side(p, per_head);
-      AttentionInputs inputs = c.inputs;
-      inputs.side = side.tensors();
-      const auto method = make_method(spec.text());
-      const auto size = [](const std::array<std::int64_t, 4>& s) {
-        return static_cast<std::size_t>(s[0] * s[1] * s[2] * s[3]);
-      };
-      const std::array<std::int64_t, 4> o_shape{p.batch, p.q_heads, p.q_len, p.value_dim};
-      std::vector<float> o(size(o_shape)), lse(size(o_shape) / static_cast<std::size_t>(p.value_dim)), d_o(o.size());
-      for (std::size_t i = 0; i < d_o.size(); ++i) d_o[i] = std::sin(static_cast<float>(i) * 1.3F);
-      const auto o_view = mutable_view_of(o.data(), DType::f32, o_shape);
-      method->attend(p, inputs, {o_view, lse}, {});
-      std::vector<float> d_q(size(inputs.q.shape)), d_k(size(inputs.k.shape)), d_v(size(inputs.v.shape)),
-          d_w(side.projection.size()), d_b(side.bias.size());
-      Gradients gradients;
-      gradients.d_q = mutable_view_of(d_q.data(), DType::f32, inputs.q.shape);
-      gradients.d_k = mutable_view_of(d_k.data(), DType::f32, inputs.k.shape);
-      gradients.d_v = mutable_view_of(d_v.data(), DType::f32, inputs.v.shape);
-      gradients.side = {{"projection", mutable_view_of(d_w.data(), DType::f32, {1, side.heads, side.dim, side.dim})},
-                        {"bias", mutable_view_of(d_b.data(), DType::f32, {1, side.heads, 1, side.dim})}};
-      SavedForward saved{o_view, lse, view_of(d_o.data(), DType::f32, o_shape), {}};
-      method->backward(p, inputs, saved, gradients, {});
-      // Without an LSE the sparse branch is run again.
-      const std::vector<float> from_saved = d_q;
-      saved.lse = {};
-      method->backward(p, inputs, saved, gradients, {});
-      for (std::size_t i = 0; i < d_q.size(); ++i) ASSERT_NEAR(d_q[i], from_saved[i], 1e-4) << spec.text() << " " << i;
-      d_q = from_saved;
+/// A small case of gradients: shapes around the tiles of the methods and around the 16 columns of their products.
+struct GradientCase {
+  Spec spec;
+  CaseShape shape;
+  std::int64_t value_dim = 8;
+};
 
-      // Differences of the loss sum(dO * O) of one head; keys, values and shared weights add up over heads.
-      std::vector<double> n_q(d_q.size()), n_k(d_k.size()), n_v(d_v.size()), n_w(d_w.size()), n_b(d_b.size());
-      for (std::int64_t s = 0; s < p.batch; ++s) {
-        for (std::int64_t h = 0; h < p.q_heads; ++h) {
-          HeadCase head =
-              head_case(c, side, s, h, spec.tile_q, spec.tile_k, spec.critical, spec.negligible, spec.all, spec.map);
-          const auto loss = [&] {
-            double sum = 0;
-            for (std::int64_t n = 0; n < head.queries; ++n) {
-              const auto out = head.output(n);
-              for (std::size_t d = 0; d < out.size(); ++d) {
-                sum += out[d] * d_o[static_cast<std::size_t>(((s * p.q_heads + h) * p.q_len + n) * p.value_dim) + d];
-              }
+class SlaGradients : public testing::TestWithParam<GradientCase> {};
+
+TEST_P(SlaGradients, AreThoseOfTheFormula) {
+  const Spec& spec = GetParam().spec;
+  AttentionCase c(bidirectional(GetParam().shape));
+  const Problem& p = c.problem;
+  c.problem.value_dim = GetParam().value_dim;
+  std::vector<float> values(static_cast<std::size_t>(p.batch * p.kv_heads * p.kv_len * p.value_dim));
+  for (std::size_t i = 0; i < values.size(); ++i) values[i] = std::sin(static_cast<float>(i) * 0.71F);
+  c.inputs.v = view_of(values.data(), DType::f32, {p.batch, p.kv_heads, p.kv_len, p.value_dim});
+  for (const bool per_head : {false, true}) {
+    const Side side(p, per_head);
+    AttentionInputs inputs = c.inputs;
+    inputs.side = side.tensors();
+    const auto method = make_method(spec.text());
+    const auto size = [](const std::array<std::int64_t, 4>& s) {
+      return static_cast<std::size_t>(s[0] * s[1] * s[2] * s[3]);
+    };
+    const std::array<std::int64_t, 4> o_shape{p.batch, p.q_heads, p.q_len, p.value_dim};
+    std::vector<float> o(size(o_shape)), lse(size(o_shape) / static_cast<std::size_t>(p.value_dim)), d_o(o.size());
+    for (std::size_t i = 0; i < d_o.size(); ++i) d_o[i] = std::sin(static_cast<float>(i) * 1.3F);
+    const auto o_view = mutable_view_of(o.data(), DType::f32, o_shape);
+    method->attend(p, inputs, {o_view, lse}, {});
+    std::vector<float> d_q(size(inputs.q.shape)), d_k(size(inputs.k.shape)), d_v(size(inputs.v.shape)),
+        d_w(side.projection.size()), d_b(side.bias.size());
+    Gradients gradients;
+    gradients.d_q = mutable_view_of(d_q.data(), DType::f32, inputs.q.shape);
+    gradients.d_k = mutable_view_of(d_k.data(), DType::f32, inputs.k.shape);
+    gradients.d_v = mutable_view_of(d_v.data(), DType::f32, inputs.v.shape);
+    gradients.side = {{"projection", mutable_view_of(d_w.data(), DType::f32, {1, side.heads, side.dim, side.dim})},
+                      {"bias", mutable_view_of(d_b.data(), DType::f32, {1, side.heads, 1, side.dim})}};
+    SavedForward saved{o_view, lse, view_of(d_o.data(), DType::f32, o_shape), {}};
+    method->backward(p, inputs, saved, gradients, {});
+    // Without an LSE the sparse branch is run again.
+    const std::vector<float> from_saved = d_q;
+    saved.lse = {};
+    method->backward(p, inputs, saved, gradients, {});
+    for (std::size_t i = 0; i < d_q.size(); ++i) ASSERT_NEAR(d_q[i], from_saved[i], 1e-4) << spec.text() << " " << i;
+    d_q = from_saved;
+
+    // Differences of the loss sum(dO * O) of one head; keys, values and shared weights add up over heads.
+    std::vector<double> n_q(d_q.size()), n_k(d_k.size()), n_v(d_v.size()), n_w(d_w.size()), n_b(d_b.size());
+    for (std::int64_t s = 0; s < p.batch; ++s) {
+      for (std::int64_t h = 0; h < p.q_heads; ++h) {
+        HeadCase head =
+            head_case(c, side, s, h, spec.tile_q, spec.tile_k, spec.critical, spec.negligible, spec.all, spec.map);
+        const auto loss = [&] {
+          double sum = 0;
+          for (std::int64_t n = 0; n < head.queries; ++n) {
+            const auto out = head.output(n);
+            for (std::size_t d = 0; d < out.size(); ++d) {
+              sum += out[d] * d_o[static_cast<std::size_t>(((s * p.q_heads + h) * p.q_len + n) * p.value_dim) + d];
             }
-            return sum;
-          };
-          const auto differences = [&](std::vector<double>& x, std::vector<double>& gradient, std::int64_t at) {
-            for (std::size_t i = 0; i < x.size(); ++i) {
-              const double before = x[i];
-              x[i] = before + 1e-5;
-              const double above = loss();
-              x[i] = before - 1e-5;
-              gradient[static_cast<std::size_t>(at) + i] += (above - loss()) / 2e-5;
-              x[i] = before;
-            }
-          };
-          const std::int64_t kv = s * p.kv_heads + h / p.group();
-          const std::int64_t own = side.heads == 1 ? 0 : h;
-          differences(head.q, n_q, (s * p.q_heads + h) * p.q_len * p.head_dim);
-          differences(head.k, n_k, kv * p.kv_len * p.head_dim);
-          differences(head.v, n_v, kv * p.kv_len * p.value_dim);
-          differences(head.w, n_w, own * side.dim * side.dim);
-          differences(head.b, n_b, own * side.dim);
-        }
+          }
+          return sum;
+        };
+        const auto differences = [&](std::vector<double>& x, std::vector<double>& gradient, std::int64_t at) {
+          for (std::size_t i = 0; i < x.size(); ++i) {
+            const double before = x[i];
+            x[i] = before + 1e-5;
+            const double above = loss();
+            x[i] = before - 1e-5;
+            gradient[static_cast<std::size_t>(at) + i] += (above - loss()) / 2e-5;
+            x[i] = before;
+          }
+        };
+        const std::int64_t kv = s * p.kv_heads + h / p.group();
+        const std::int64_t own = side.heads == 1 ? 0 : h;
+        differences(head.q, n_q, (s * p.q_heads + h) * p.q_len * p.head_dim);
+        differences(head.k, n_k, kv * p.kv_len * p.head_dim);
+        differences(head.v, n_v, kv * p.kv_len * p.value_dim);
+        differences(head.w, n_w, own * side.dim * side.dim);
+        differences(head.b, n_b, own * side.dim);
       }
-      const auto expect_near = [&](const std::vector<float>& actual, const std::vector<double>& expected,
-                                   const std::string& what) {
-        for (std::size_t i = 0; i < actual.size(); ++i) {
-          ASSERT_NEAR(actual[i], expected[i], 2e-3 * (1 + std::fabs(expected[i])))
-              << spec.text() << " " << what << " " << i;
-        }
-      };
-      expect_near(d_q, n_q, "d_q");
-      expect_near(d_k, n_k, "d_k");
-      expect_near(d_v, n_v, "d_v");
-      expect_near(d_w, n_w, "d_projection");
-      expect_near(d_b, n_b, "d_bias");
     }
+    const auto expect_near = [&](const std::vector<float>& actual, const std::vector<double>& expected,
+                                 const std::string& what) {
+      for (std::size_t i = 0; i < actual.size(); ++i) {
+        ASSERT_NEAR(actual[i], expected[i], 2e-3 * (1 + std::fabs(expected[i])))
+            << spec.text() << " " << what << " " << i;
+      }
+    };
+    expect_near(d_q, n_q, "d_q");
+    expect_near(d_k, n_k, "d_k");
+    expect_near(d_v, n_v, "d_v");
+    expect_near(d_w, n_w, "d_projection");
+    expect_near(d_b, n_b, "d_bias");
   }
 }
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, SlaGradients,
+    testing::Values(
+        GradientCase{
+            {4, 4, 0.34, 0.17, false, "softmax"},
+            {.name = "groups", .batch = 2, .q_heads = 4, .kv_heads = 2, .q_len = 10, .kv_len = 23, .head_dim = 6}},
+        GradientCase{
+            {4, 3, 0.25, 0, false, "elu"},
+            {.name = "elu", .batch = 2, .q_heads = 4, .kv_heads = 2, .q_len = 10, .kv_len = 23, .head_dim = 6}},
+        GradientCase{
+            {5, 4, 0.25, 0, true, "softmax"},
+            {.name = "all_keys", .batch = 2, .q_heads = 4, .kv_heads = 2, .q_len = 10, .kv_len = 23, .head_dim = 6}},
+        GradientCase{{3, 5, 0.2, 0.3, false, "relu"},
+                     {.name = "relu", .q_heads = 2, .kv_heads = 2, .q_len = 7, .kv_len = 26, .head_dim = 17},
+                     5},
+        GradientCase{{4, 4, 0.2, 0.1, false, "softmax"},
+                     {.name = "wide_values", .q_heads = 2, .kv_heads = 1, .q_len = 9, .kv_len = 17, .head_dim = 5},
+                     35},
+        GradientCase{{64, 4, 0.3, 0, false, "softmax"},
+                     {.name = "one_query", .q_heads = 3, .kv_heads = 1, .q_len = 1, .kv_len = 15, .head_dim = 16},
+                     3},
+        GradientCase{{4, 64, 0.3, 0, false, "softmax"},
+                     {.name = "one_key_tile", .q_heads = 1, .kv_heads = 1, .q_len = 6, .kv_len = 9, .head_dim = 4},
+                     4},
+        // More query tiles than have their sums of states at a time.
+        GradientCase{{1, 2, 0.2, 0.2, false, "softmax"},
+                     {.name = "many_tiles", .q_heads = 2, .kv_heads = 1, .q_len = 131, .kv_len = 9, .head_dim = 3},
+                     2}),
+    [](const auto& one) { return one.param.shape.name; });
 
 TEST(Sla, WithoutProjectionTheGradientsAreThoseOfItsSparseBranch) {
   const AttentionCase c(bidirectional({.name = "plain", .q_heads = 4, .kv_heads = 2, .q_len = 70, .kv_len = 90}));
@@ -370,6 +416,62 @@ TEST(Sla, DoesNotDependOnThreads) {
   const Side side(c.problem, true);
   EXPECT_EQ(Answer("sla:block_q=16,block_k=16", c, side.tensors(), 1).o,
             Answer("sla:block_q=16,block_k=16", c, side.tensors(), 3).o);
+}
+
+/// All gradients of a case with its projection, in `dtype`, as floats.
+std::vector<std::vector<float>> gradients_of(const AttentionCase& c, const Side& side, DType dtype, int threads) {
+  const Problem& p = c.problem;
+  AttentionInputs inputs = c.inputs;
+  inputs.side = side.tensors();
+  PlanContext context;
+  context.run.threads = threads;
+  const auto method = make_method("sla:block_q=16,block_k=16,critical=0.2");
+  const std::array<std::int64_t, 4> o_shape{1, p.q_heads, p.q_len, p.value_dim};
+  std::vector<float> o(static_cast<std::size_t>(p.q_heads * p.q_len * p.value_dim));
+  std::vector<float> lse(static_cast<std::size_t>(p.q_heads * p.q_len));
+  std::vector<float> d_o(o.size());
+  for (std::size_t i = 0; i < d_o.size(); ++i) d_o[i] = std::sin(static_cast<float>(i) * 1.3F);
+  method->attend(p, inputs, {mutable_view_of(o.data(), DType::f32, o_shape), lse}, context);
+  std::vector<std::vector<std::byte>> memory;
+  const auto tensor = [&](const std::array<std::int64_t, 4>& shape) {
+    memory.emplace_back(static_cast<std::size_t>(shape[0] * shape[1] * shape[2] * shape[3]) * size_of(dtype));
+    return mutable_view_of(memory.back().data(), dtype, shape);
+  };
+  Gradients gradients;
+  gradients.d_q = tensor(inputs.q.shape);
+  gradients.d_k = tensor(inputs.k.shape);
+  gradients.d_v = tensor(inputs.v.shape);
+  for (const SideTensor& of : inputs.side) gradients.side.push_back({of.name, tensor(of.view.shape)});
+  const SavedForward saved{view_of(o.data(), DType::f32, o_shape), lse, view_of(d_o.data(), DType::f32, o_shape), {}};
+  method->backward(p, inputs, saved, gradients, context);
+  std::vector<std::vector<float>> numbers;
+  for (const std::vector<std::byte>& bytes : memory) {
+    std::vector<float>& floats = numbers.emplace_back(bytes.size() / size_of(dtype));
+    for (std::size_t i = 0; i < floats.size(); ++i) {
+      floats[i] = load_as_float(bytes.data(), dtype, static_cast<std::int64_t>(i));
+    }
+  }
+  return numbers;
+}
+
+TEST(Sla, GradientsDoNotDependOnThreads) {
+  const AttentionCase c(bidirectional({.name = "plain", .q_heads = 4, .kv_heads = 2, .q_len = 200, .kv_len = 300}));
+  for (const bool per_head : {false, true}) {
+    const Side side(c.problem, per_head);
+    EXPECT_EQ(gradients_of(c, side, DType::f32, 1), gradients_of(c, side, DType::f32, 3));
+  }
+}
+
+TEST(Sla, GradientsInBfloat16AreRoundedOnce) {
+  const AttentionCase c(bidirectional({.name = "plain", .q_heads = 4, .kv_heads = 2, .q_len = 70, .kv_len = 90}));
+  const Side side(c.problem, false);
+  const auto exact = gradients_of(c, side, DType::f32, 2);
+  const auto rounded = gradients_of(c, side, DType::bf16, 2);
+  for (std::size_t t = 0; t < exact.size(); ++t) {
+    for (std::size_t i = 0; i < exact[t].size(); ++i) {
+      ASSERT_LE(std::fabs(rounded[t][i] - exact[t][i]), std::fabs(exact[t][i]) / 256) << t << " " << i;
+    }
+  }
 }
 
 TEST(Sla, RefusesWhatItIsNotDefinedFor) {
