@@ -353,13 +353,42 @@ inline void group_gradients(const BackwardJobContext& context, std::int64_t sequ
   }
 }
 
+/// Asks for the sums of a group's keys, which are far apart in memory, in the shadow of its scores.
+class SumsAhead {
+ public:
+  SumsAhead(const BackwardJobContext& context, const TileScratch& scratch, std::int64_t g) {
+    const std::int64_t begin = context.lane.source_begin[source_of_group(scratch, context.sources, g)];
+    for (int lane = 0; lane < kGroupKeys; ++lane) {
+      if ((scratch.groups[g].lanes >> lane & 1U) == 0) continue;
+      rows_[count_++] = context.lane.keys + (begin + scratch.keys[g * kGroupKeys + lane]) * context.shape.row_floats;
+    }
+    floats_ = context.shape.row_floats;
+  }
+  [[gnu::always_inline]] inline void step() {
+    for (int line = 0; line < lines_per_step && at_ < count_; ++line) {
+      __builtin_prefetch(rows_[at_] + offset_, 0, 2);
+      offset_ += 16;
+      if (offset_ < floats_) continue;
+      offset_ = 0;
+      ++at_;
+    }
+  }
+
+ private:
+  static constexpr int lines_per_step = 6;  // all of them, for rows of any width
+  const float* rows_[kGroupKeys];
+  int count_ = 0;
+  int at_ = 0;
+  std::int64_t offset_ = 0;
+  std::int64_t floats_;
+};
+
 /// product[key][column] = a[key] . panels for the 16 keys of a group.
 template <class Product>
 inline void group_products(const std::uint32_t* rows, std::int64_t stride, std::int64_t words,
-                           const std::uint32_t* panels, SlabRange slabs, float* product) {
+                           const std::uint32_t* panels, SlabRange slabs, float* product, SumsAhead& shadow) {
   const std::uint32_t* a[kGroupKeys];
   for (int lane = 0; lane < kGroupKeys; ++lane) a[lane] = rows + lane * stride;
-  NoShadow shadow;
   for (std::int64_t slab = slabs.first; slab < slabs.last; slab += kRegisterPanels) {
     const std::int64_t count = std::min<std::int64_t>(kRegisterPanels, slabs.last - slab);
     const std::uint32_t* b[kRegisterPanels];
@@ -462,10 +491,11 @@ void backward_block(const BackwardJobContext& context, std::int64_t sequence, co
     const SlabRange slabs = slabs_reached(own, scratch.groups[g]);
     reached[g] = slabs;
     if (slabs.first >= slabs.last) continue;
+    SumsAhead ahead(context, scratch, g);
     group_products<Product>(own.k_rows + g * kGroupKeys * shape.query_stride, shape.query_stride, shape.query_words,
-                            own.q_panels, slabs, own.scores);
+                            own.q_panels, slabs, own.scores, ahead);
     group_products<Product>(own.v_rows + g * kGroupKeys * shape.output_stride, shape.output_stride, shape.output_words,
-                            own.o_panels, slabs, own.d_probabilities);
+                            own.o_panels, slabs, own.d_probabilities, ahead);
     if (context.rule.modified) {
       group_gradients<true, Product>(context, sequence, scratch, rows, g, slabs, own);
       if (context.rule.wants_bias) add_bias_gradients(context, scratch, rows, g, slabs, own);
