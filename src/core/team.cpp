@@ -11,8 +11,8 @@ namespace tessera {
 
 namespace {
 
-/// How often a waiting thread looks before it sleeps: some tens of microseconds, more than lies between two loops.
-constexpr int kLooks = 4096;
+/// How often a waiting thread looks before it sleeps: some hundred microseconds, more than lies between two loops.
+constexpr int kLooks = 1 << 14;
 
 thread_local Team* current_team = nullptr;
 
