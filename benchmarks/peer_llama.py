@@ -12,9 +12,11 @@ Random weights alone give flat attention, at which a selection by threshold keep
 biases to queries and keys that make near keys weigh more, as trained models do; dense attention takes the same time
 with and without. The density that a method arrives at stands in its row.
 
-`decode of bandwidth` is what a token reads, weights and the keys and values of the context, over the median of
-`tessera bench peak` before and after every turn. Rows that are no multiple of 256 have no K type: as llama.cpp does it,
-Q4_K becomes Q5_0 there, and the tied output matrix of Q4_K models is Q6_K or Q8_0. Needs llama-cpp-python and gguf.
+`of bandwidth` is what a token reads, weights and the keys and values of the context. Tessera's is the median over its
+steps, each against the passes over memory before and behind it (`run --measure-bandwidth`); llama.cpp's goes by the
+median of `tessera bench peak` before and after every turn, the best that memory gave. Rows that are no multiple of 256
+have no K type: as llama.cpp does it, Q4_K becomes Q5_0 there, and the tied output matrix of Q4_K models is Q6_K or Q8_0.
+Needs llama-cpp-python and gguf.
 """
 
 import argparse
@@ -227,7 +229,7 @@ def measure(options, runner, model, prompt, layers):
     else:
         command = [options.tessera, "run", "--model", model, "--prompt", prompt, "--method", runner, "--kv-dtype",
                    "bf16", "-n", options.decode + 1, "--threads", options.threads, "--ignore-eos", "--json",
-                   "--no-bits-per-byte"]  # fmt: skip
+                   "--no-bits-per-byte", "--measure-bandwidth"]  # fmt: skip
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"{runner} failed:\n{done.stderr}")
@@ -244,10 +246,11 @@ def summarise(options, samples, length, weights, bandwidth):
     rows = []
     for runner, reports in samples.items():
         row = {"length": length, "runner": runner}
-        for key in ("prefill_ms", "decode_tokens_per_s", "peak_rss_mb", "density"):
+        for key in ("prefill_ms", "decode_tokens_per_s", "peak_rss_mb", "density", "read_gbps",
+                    "decode_of_bandwidth"):  # fmt: skip
             if key in reports[0]:
                 row[key] = statistics.median(report[key] for report in reports)
-        if runner != "transformers":  # its weights are bf16
+        if runner == "llama.cpp":  # the weights of Transformers are bf16
             read = weights + per_token * length
             row["decode_of_bandwidth"] = read * row["decode_tokens_per_s"] / 1e9 / bandwidth
         rows.append(row)
@@ -260,14 +263,15 @@ def summarise(options, samples, length, weights, bandwidth):
 
 
 def print_rows(rows):
-    head = ("length", "runner", "density", "prefill ms", "x llama", "decode/s", "x llama", "of bandwidth", "peak MB",
-            "x llama")  # fmt: skip
+    head = ("length", "runner", "density", "prefill ms", "x llama", "decode/s", "x llama", "GB/s", "of bandwidth",
+            "peak MB", "x llama")  # fmt: skip
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for row in rows:
         cells = [
             str(row["length"]), f"`{row['runner']}`", f"{row['density']:.3f}" if "density" in row else "",
             f"{row['prefill_ms']:.0f}", f"{row['prefill_over_llama']:.2f}", f"{row['decode_tokens_per_s']:.1f}",
             f"{row['decode_over_llama']:.2f}",
+            f"{row['read_gbps']:.1f}" if "read_gbps" in row else "",
             f"{row['decode_of_bandwidth']:.2f}" if "decode_of_bandwidth" in row else "",
             f"{row['peak_rss_mb']:.0f}", f"{row['memory_over_llama']:.2f}",
         ]  # fmt: skip

@@ -14,6 +14,7 @@
 #include "command.h"
 #include "core/error.h"
 #include "io/safetensors.h"
+#include "kernels/peak.h"
 #include "support/measure.h"
 #include "support/progress.h"
 #include "support/prompt.h"
@@ -42,6 +43,7 @@ struct Options {
   bool ignore_eos = false;
   bool bits_per_byte = false;
   bool no_bits_per_byte = false;
+  bool measure_bandwidth = false;
   std::string logits_out;
   std::string dump_qkv;
   std::string dump_layers;
@@ -67,6 +69,42 @@ class LogitsFile {
   std::int64_t vocab_;
   std::int64_t tokens_;
   std::vector<float> values_;
+};
+
+/// What memory gives between the steps of decoding, and how much of that they took: on a shared host it may double
+/// within a second, so that a step is judged by the passes before and behind it.
+class BandwidthMeter {
+ public:
+  explicit BandwidthMeter(int threads) : threads_(threads) {}
+  /// Before the first decode step and behind each.
+  void pass(const Session& session) {
+    if (!reader_) {
+      memory_before_ = peak_memory_mb();
+      reader_.emplace(threads_);
+    }
+    const double ms = session.statistics().decode_ms;
+    const double gbps = reader_->pass();
+    if (!passes_.empty() && ms > ms_) {
+      const double bytes = session.model().decoded_weight_bytes() + static_cast<double>(session.cache_bytes());
+      shares_.push_back(bytes / 1e6 / (ms - ms_) / ((passes_.back() + gbps) / 2));
+    }
+    passes_.push_back(gbps);
+    ms_ = ms;
+  }
+  void report(nlohmann::ordered_json& report) const {
+    if (shares_.empty()) return;
+    report["read_gbps"] = spread_of(passes_).median;
+    report["decode_of_bandwidth"] = spread_of(shares_).median;
+    report["peak_rss_mb"] = memory_before_;
+  }
+
+ private:
+  int threads_;
+  std::optional<kernels::MemoryReader> reader_;
+  double memory_before_ = 0;  ///< without the reader's
+  std::vector<double> passes_;
+  std::vector<double> shares_;
+  double ms_ = 0;
 };
 
 SessionOptions session_options(const Options& options) {
@@ -134,6 +172,7 @@ void run_run(const Options& options) {
   require(options.tokens >= 0, "-n is {}; expected 0 or more", options.tokens);
   require(options.max_length >= 0, "--max-length is {}; expected 0 (the model's limit) or more", options.max_length);
   require(options.dump_layers.empty() || !options.dump_qkv.empty(), "--dump-layers needs --dump-qkv");
+  require(!options.measure_bandwidth || options.json, "--measure-bandwidth needs --json");
   SessionOptions wanted = session_options(options);
   watch_interrupt();
   const Model model = Model::load(options.model, options.run.threads);
@@ -165,9 +204,11 @@ void run_run(const Options& options) {
   };
   if (logits)
     generate_options.prefill.on_logits = [&](std::int64_t, std::span<const float> rows) { logits->add(rows); };
+  BandwidthMeter meter(options.run.threads);
   if (options.json) {
     generate_options.on_decode_progress = [&](std::int64_t done, std::int64_t total) {
       progress.show("decode", static_cast<double>(done), total);
+      if (options.measure_bandwidth) meter.pass(session);
     };
   } else {
     generate_options.on_text = [](std::string_view bytes) {
@@ -180,7 +221,9 @@ void run_run(const Options& options) {
   if (logits) logits->write(options.logits_out);
   if (qkv) qkv->write(options.dump_qkv);
   if (options.json) {
-    print_json(report_of(generation, session));
+    nlohmann::ordered_json report = report_of(generation, session);
+    meter.report(report);
+    print_json(report);
   } else {
     fmt::print("\n");
     print_summary(generation, session);
@@ -229,6 +272,9 @@ void add_run(CLI::App& app) {
   command
       ->add_flag("--no-bits-per-byte", options->no_bits_per_byte, "Leave them out of --json, which measures them else")
       ->excludes(bits);
+  command->add_flag("--measure-bandwidth", options->measure_bandwidth,
+                    "Read memory between decoded tokens, and report the share of its bandwidth that decoding took, "
+                    "weights and cache; peak memory is then that of the prefill");
   command->add_option("--logits-out", options->logits_out, "Write the prompt's logits: f32 [tokens, vocabulary]");
   command->add_option(
       "--dump-qkv", options->dump_qkv,

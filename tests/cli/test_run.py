@@ -63,6 +63,13 @@ class RunCachesTest(CommandLineTest):
         self.assertIsNone(self.run_model("--no-bits-per-byte")["bits_per_byte"])
         self.refuse("run", "--model", MODEL, "--prompt", "-", "--bits-per-byte", "--no-bits-per-byte", saying="excludes")
 
+    def test_measure_bandwidth(self):
+        report = self.run_model("--measure-bandwidth")
+        for key in ["read_gbps", "decode_of_bandwidth", "decode_tokens_per_s", "peak_rss_mb"]:
+            self.assertGreater(report[key], 0, key)
+        self.assertEqual(report["tokens"], self.run_model()["tokens"])
+        self.refuse("run", "--model", MODEL, "--prompt", "-", "--measure-bandwidth", saying="needs --json")
+
     def test_dump_qkv(self):
         text = "Attention reads queries, keys and values. " * 15
         prompt = self.write("prompt.txt", text.encode())
