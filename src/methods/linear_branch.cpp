@@ -216,6 +216,7 @@ LinearBranch::LinearBranch(const Problem& problem, const AttentionInputs& inputs
 
 std::vector<LinearBranch::Worker> LinearBranch::workers() const {
   std::vector<Worker> workers;
+  workers.reserve(static_cast<std::size_t>(threads_));
   for (int t = 0; t < threads_; ++t) workers.emplace_back(shape_, std::max(options_.block_q, options_.block_k));
   return workers;
 }

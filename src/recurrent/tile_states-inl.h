@@ -104,11 +104,11 @@ void sum_states(const StateSums& job, std::int64_t first, std::int64_t last) {
   for (std::int64_t at = first; at < last; at += kSumFloats) {
     Vec total[vectors];
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) total[v] = zero();
+    for (Vec& x : total) x = zero();
     for (std::int64_t group = 0; complement && group < job.count; group += together) {
       Vec part[vectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) part[v] = zero();
+      for (Vec& x : part) x = zero();
       for (std::int64_t t = group; t < std::min(job.count, group + together); ++t) {
         const float* from = job.states + t * job.state_floats + at;
 #pragma GCC unroll 16
@@ -121,7 +121,7 @@ void sum_states(const StateSums& job, std::int64_t first, std::int64_t last) {
       const StateList list = job.lists[s];
       Vec sum[vectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) sum[v] = zero();
+      for (Vec& x : sum) x = zero();
       for (std::int64_t t = 0; t < list.count; ++t) {
         const float* from = job.states + list.states[t] * job.state_floats + at;
 #pragma GCC unroll 16
