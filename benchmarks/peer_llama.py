@@ -14,9 +14,9 @@ with and without. The density that a method arrives at stands in its row.
 
 `of bandwidth` is what a token reads, weights and the keys and values of the context. Tessera's is the median over its
 steps, each against the passes over memory before and behind it (`run --measure-bandwidth`); llama.cpp's goes by the
-median of `tessera bench peak` before and after every turn, the best that memory gave. Rows that are no multiple of 256
-have no K type: as llama.cpp does it, Q4_K becomes Q5_0 there, and the tied output matrix of Q4_K models is Q6_K or Q8_0.
-Needs llama-cpp-python and gguf.
+median of `tessera bench peak` before and after every turn, the best that memory gave. Rows that are no multiple of
+256 have no K type: as llama.cpp does it, Q4_K becomes Q5_0 there, and the tied output matrix of Q4_K models is Q6_K or
+Q8_0. Needs llama-cpp-python and gguf.
 """
 
 import argparse
