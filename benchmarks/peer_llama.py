@@ -224,7 +224,8 @@ def report(tokens, prefill, decode):
 
 def measure(options, runner, model, prompt, layers):
     if runner in ("llama.cpp", "transformers"):
-        command = [sys.executable, __file__, "--worker", runner, "--model", model, "--prompt", prompt, "--layers",
+        python = options.llama_python if runner == "llama.cpp" else options.transformers_python
+        command = [python, __file__, "--worker", runner, "--model", model, "--prompt", prompt, "--layers",
                    layers, "--threads", options.threads, "--decode", options.decode, "--shape", options.shape]  # fmt: skip
     else:
         command = [options.tessera, "run", "--model", model, "--prompt", prompt, "--method", runner, "--kv-dtype",
@@ -290,7 +291,7 @@ def compare(options, folder):
     log(f"making {model.name}")
     # Not by this process, which stays small beside those that it starts.
     weights = int(subprocess.run(
-        [sys.executable, __file__, "--worker", "write", "--model", str(model), "--shape", options.shape, "--type",
+        [options.llama_python, __file__, "--worker", "write", "--model", str(model), "--shape", options.shape, "--type",
          options.type, "--layers", str(options.layers), "--locality", str(options.locality)],
         check=True, stdout=subprocess.PIPE, text=True).stdout)  # fmt: skip
     bandwidths = [measure_bandwidth(options)]
@@ -337,7 +338,9 @@ def main():
     parser.add_argument("--decode", type=int, default=32, help="tokens")
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has, for long prompts")
     parser.add_argument("--locality", type=float, default=8.0, help="by how much near keys score above far ones")
-    parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--transformers", action="store_true", help="measure Transformers too")
+    parser.add_argument("--llama-python", default=sys.executable, help="interpreter that has llama_cpp and gguf")
+    parser.add_argument("--transformers-python", default=sys.executable, help="that has torch and transformers")
     parser.add_argument("--keep", help="folder where the model stays for the next run")
     parser.add_argument("--json", action="store_true")
     for hidden in ("worker", "model", "prompt"):
