@@ -3,7 +3,6 @@
 #include <chrono>
 
 #include "core/error.h"
-#include "core/team.h"
 #include "model/available_memory.h"
 #include "model/int8_cache.h"
 #include "model/layers/decoder.h"
@@ -187,11 +186,9 @@ class Session::Implementation {
         observe([&] { count(layer, plan, 1, statistics_.decode_planned_pairs, statistics_.decode_allowed_pairs); });
       };
     }
-    with_team(options_.run.threads, [&] {
-      const auto hidden = forward(tokens, call);
-      note_peak();
-      decoder_.head(hidden, logits_, options_.run, options_.exact_products);
-    });
+    const auto hidden = forward(tokens, call);
+    note_peak();
+    decoder_.head(hidden, logits_, options_.run, options_.exact_products);
     statistics_.decode_tokens += 1;
     statistics_.decode_ms += milliseconds_since(start) - observation_ms_;
     return last_logits();
