@@ -15,7 +15,6 @@ namespace tessera {
 namespace {
 
 using test::AttentionCase;
-using test::CaseShape;
 
 /// Specs that select little of a short prompt.
 const std::vector<std::string> kInParts{
