@@ -159,7 +159,8 @@ class PanelFetch {
   /// Keys and values of a group, then those of the next.
   void next_panel() {
     const bool value = panel_ % 2 != 0;
-    line_ = (value ? scratch_.next_v : scratch_.next_k)[panel_ / 2];
+    const std::uint32_t* const* panels = value ? scratch_.next_v : scratch_.next_k;
+    line_ = panels[panel_ / 2];
     in_panel_ = value ? v_lines_ : k_lines_;
     ++panel_;
   }
