@@ -5,18 +5,11 @@
 #include <numeric>
 
 #include "core/error.h"
+#include "recurrent/padding.h"
 
 namespace tessera::recurrent {
 
 namespace {
-
-std::int64_t round_up(std::int64_t x, std::int64_t unit) {
-  return (x + unit - 1) / unit * unit;
-}
-/// An odd number of 16 floats.
-std::int64_t stride_of(std::int64_t columns) {
-  return columns / 16 % 2 == 0 ? columns + 16 : columns;
-}
 
 void check_tensor(const TensorView& tensor, std::string_view name, const std::array<std::int64_t, 4>& expected) {
   require(tensor.data != nullptr, "{} has no data", name);
@@ -44,11 +37,11 @@ ChunkShape chunk_shape(const RecurrentProblem& problem, const RecurrentInputs& i
   ChunkShape shape;
   shape.head_dim = problem.head_dim;
   shape.value_dim = problem.value_dim;
-  shape.key_columns = round_up(problem.head_dim, 16);
-  shape.value_columns = round_up(problem.value_dim, 16);
-  shape.key_stride = stride_of(shape.key_columns);
-  shape.value_stride = stride_of(shape.value_columns);
-  shape.pair_stride = stride_of(options.chunk);
+  shape.key_columns = padded_columns(problem.head_dim);
+  shape.value_columns = padded_columns(problem.value_dim);
+  shape.key_stride = padded_stride(shape.key_columns);
+  shape.value_stride = padded_stride(shape.value_columns);
+  shape.pair_stride = padded_stride(options.chunk);
   shape.chunk = options.chunk;
   shape.scale = problem.scale.value_or(1.0F / std::sqrt(static_cast<float>(problem.head_dim)));
   shape.delta = inputs.beta.data != nullptr;
