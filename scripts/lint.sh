@@ -9,15 +9,22 @@ mapfile -t sources < <(git ls-files '*.cpp' '*.h')
 clang-format --dry-run --Werror "${sources[@]}"
 echo "clang-format: ${#sources[@]} files are formatted"
 
+seen_through() { # header: a source that includes it, be it by way of another header
+  local source
+  source=$(git grep -lF "\"${1#*/}\"" -- '*.cpp' | head -n 1 || true)
+  if [[ -n $source ]]; then
+    echo "$source"
+    return
+  fi
+  git grep -lF "\"${1#*/}\"" -- '*.h' | head -n 1 | while read -r header; do seen_through "$header"; done || true
+}
 changed() { # every source, or those that differ from the revision; a changed header is seen through one that includes it
   if [[ -z $since ]]; then
     git ls-files '*.cpp'
     return
   fi
   git diff --name-only --diff-filter=d "$since" -- '*.cpp'
-  git diff --name-only --diff-filter=d "$since" -- '*.h' | while read -r header; do
-    git grep -lF "${header#*/}\"" -- '*.cpp' | head -n 1 || true
-  done
+  git diff --name-only --diff-filter=d "$since" -- '*.h' | while read -r header; do seen_through "$header"; done
 }
 lint() { # folder with compile_commands.json, pattern of files: only files that this build compiles
   mapfile -t units < <(changed | sort -u | grep -E "$2" | while read -r file; do

@@ -2,7 +2,8 @@
 //
 // Everything is done with keys as rows and queries as columns. S^T = K Q^T and dP^T = V dO^T read keys and values as
 // they lie in memory and the tile's queries as panels that are packed once; P^T and dS^T then lie as the products
-// dV += P^T dO and dK += dS^T Q read them, and as panels for dQ^T += K^T dS^T. LSE and delta are one number per column.
+// dV += P^T dO and dK += dS^T Q read them, and dS^T is turned round, 16 x 16 at a time, for dQ += dS K. LSE and delta
+// are one number per column.
 
 /// Products without anything in their shadow.
 struct NoShadow {
@@ -40,136 +41,113 @@ inline bool stage_backward_row(const BackwardShape& shape, const std::byte* row,
   return false;
 }
 
-/// Packs 16 staged rows for both kinds of product.
-inline void pack_staged_rows(const TileShape& shape, const std::uint32_t* rows, std::int64_t words, std::int64_t stride,
-                             std::uint32_t* panel, std::uint32_t* values) {
-  const std::byte* pointers[kGroupKeys];
-  for (int r = 0; r < kGroupKeys; ++r) pointers[r] = reinterpret_cast<const std::byte*>(rows + r * stride);
-  pack_key_panel(pointers, words * 4, panel);
-  stage_value_panel(pointers, shape, values);
+/// A row as compute words: where it lies in memory if it lies there as such, else a copy in `staged`.
+inline const std::byte* words_of_row(const BackwardShape& shape, const std::byte* row, DType dtype, std::int64_t dim,
+                                     std::int64_t stride, std::uint32_t* staged) {
+  if (shape.pair_product ? dim % 2 == 0 : dtype == DType::f32) return row;
+  stage_backward_row(shape, row, dtype, dim, stride, staged);
+  return reinterpret_cast<const std::byte*>(staged);
 }
 
-/// Stages the rows whose query, head, position and place in the tile the scratch holds; pads them to whole slabs of 16.
-inline void stage_backward_rows(const BackwardJobContext& context, std::int64_t sequence, std::int64_t rows,
-                                TileScratch& scratch, BackwardScratch& own) {
-  constexpr float log2e = 1.4426950409F;
-  const BackwardShape& shape = context.shape;
+/// Numbers of row r of the tile. Padding has no weight.
+inline void stage_row_numbers(const BackwardJobContext& context, std::int64_t sequence, std::int64_t r,
+                              const TileScratch& scratch, BackwardScratch& own) {
   const Call& call = context.call.call;
-  const SavedForward& saved = context.call.saved;
   const auto& slopes = call.inputs.modifiers.alibi_slopes;
   const auto& query_scale = call.inputs.modifiers.query_scale;
+  const std::int64_t head = scratch.head[r];
+  const std::int64_t index = call.lse_index(sequence, head, scratch.query[r]);
+  own.shift[r] = context.rows.shifts[index];
+  own.delta[r] = context.rows.deltas[index];
+  own.slope[r] = slopes.empty() ? 0.0F : slopes.data()[head];
+  own.query_scale[r] =
+      query_scale.empty() ? 1.0F : query_scale.data()[call.problem().q_begin_of(sequence) + scratch.query[r]];
+  if (context.rule.weights == RowWeights::softmax) return;
+  own.inverse_sum[r] = own.shift[r] == kMinusInfinity ? 0.0F : std::exp2(own.shift[r]);
+  own.weight_factor[r] =
+      context.rule.weights == RowWeights::reweighted ? call.inputs.modifiers.weight_factors.data()[index] : 1.0F;
+}
+
+/// Packs the rows whose query, head, position and place in the tile the scratch holds, for both kinds of product; pads
+/// them to whole slabs of 16.
+inline void stage_backward_rows(const BackwardJobContext& context, std::int64_t sequence, std::int64_t rows,
+                                TileScratch& scratch, BackwardScratch& own) {
+  const BackwardShape& shape = context.shape;
+  const Call& call = context.call.call;
+  const TensorView& q = call.inputs.q;
+  const TensorView& d_o = context.call.saved.d_o;
   own.slabs = static_cast<std::int32_t>((rows + 15) / 16);
-  for (std::int64_t r = 0; r < own.slabs * 16; ++r) {
-    std::uint32_t* q = own.q_rows + r * shape.query_stride;
-    std::uint32_t* o = own.o_rows + r * shape.output_stride;
-    if (r >= rows) {
-      std::fill(q, q + shape.query_stride, 0U);
-      std::fill(o, o + shape.output_stride, 0U);
-      scratch.position[r] = scratch.position[rows - 1];
-      scratch.head[r] = scratch.head[rows - 1];
-      own.delta[r] = 0;
-      own.shift[r] = kMinusInfinity;
-      own.slope[r] = own.query_scale[r] = own.inverse_sum[r] = own.weight_factor[r] = 0;
-      continue;
-    }
-    const std::int64_t head = scratch.head[r];
-    const std::int64_t index = call.lse_index(sequence, head, scratch.query[r]);
-    const float lse = saved.lse.data()[index];
-    bool finite = stage_backward_row(shape, call.query_row(call.inputs.q, sequence, head, scratch.query[r]),
-                                     call.inputs.q.dtype, shape.queries.value_dim, shape.query_stride, q);
-    finite = stage_backward_row(shape, call.query_row(saved.d_o, sequence, head, scratch.query[r]), saved.d_o.dtype,
-                                shape.outputs.value_dim, shape.output_stride, o) &&
-             finite;
-    // A row with NaN or Inf spoils the keys that it sees, and no others: its probabilities are NaN.
-    own.shift[r] = lse == kMinusInfinity ? kMinusInfinity
-                   : finite              ? -lse * log2e
-                                         : std::numeric_limits<float>::quiet_NaN();
-    own.delta[r] = lse == kMinusInfinity ? 0 : context.deltas[index];
-    own.slope[r] = slopes.empty() ? 0.0F : slopes.data()[head];
-    own.query_scale[r] =
-        query_scale.empty() ? 1.0F : query_scale.data()[call.problem().q_begin_of(sequence) + scratch.query[r]];
-    if (context.rule.weights == RowWeights::softmax) continue;
-    own.inverse_sum[r] = lse == kMinusInfinity ? 0.0F : std::exp2(own.shift[r]);
-    own.weight_factor[r] =
-        context.rule.weights == RowWeights::reweighted ? call.inputs.modifiers.weight_factors.data()[index] : 1.0F;
-  }
   std::memset(own.d_weight_factor, 0, kTileRows * sizeof(float));
   for (std::int64_t slab = 0; slab < own.slabs; ++slab) {
+    const std::byte* q_rows[16];
+    const std::byte* o_rows[16];
+    for (std::int64_t i = 0; i < 16; ++i) {
+      const std::int64_t r = slab * 16 + i;
+      q_rows[i] = o_rows[i] = own.zero_row;
+      if (r >= rows) {
+        scratch.position[r] = scratch.position[rows - 1];
+        scratch.head[r] = scratch.head[rows - 1];
+        own.delta[r] = 0;
+        own.shift[r] = kMinusInfinity;
+        own.slope[r] = own.query_scale[r] = own.inverse_sum[r] = own.weight_factor[r] = 0;
+        continue;
+      }
+      stage_row_numbers(context, sequence, r, scratch, own);
+      if (!std::isfinite(own.shift[r])) continue;
+      q_rows[i] = words_of_row(shape, call.query_row(q, sequence, scratch.head[r], scratch.query[r]), q.dtype,
+                               shape.queries.value_dim, shape.query_stride, own.q_rows + i * shape.query_stride);
+      o_rows[i] = words_of_row(shape, call.query_row(d_o, sequence, scratch.head[r], scratch.query[r]), d_o.dtype,
+                               shape.outputs.value_dim, shape.output_stride, own.o_rows + i * shape.output_stride);
+    }
     const std::int32_t* position = scratch.position + slab * 16;
     own.slab_lowest[slab] = *std::min_element(position, position + 16);
     own.slab_highest[slab] = *std::max_element(position, position + 16);
-    pack_staged_rows(shape.queries, own.q_rows + slab * 16 * shape.query_stride, shape.query_words, shape.query_stride,
-                     own.q_panels + slab * shape.query_stride * 16, own.q_values + slab * shape.queries.v_panel);
-    pack_staged_rows(shape.outputs, own.o_rows + slab * 16 * shape.output_stride, shape.output_words,
-                     shape.output_stride, own.o_panels + slab * shape.output_stride * 16,
-                     own.o_values + slab * shape.outputs.v_panel);
+    pack_key_panel(q_rows, shape.query_words * 4, own.q_panels + slab * shape.query_stride * 16);
+    pack_key_panel(o_rows, shape.output_words * 4, own.o_panels + slab * shape.output_stride * 16);
+    stage_value_panel(q_rows, shape.queries, own.q_values + slab * shape.queries.v_panel);
+    stage_value_panel(o_rows, shape.outputs, own.o_values + slab * shape.outputs.v_panel);
   }
-  std::memset(own.d_q, 0, static_cast<std::size_t>(shape.queries.value_dim * kTileRows) * sizeof(float));
 }
 
 inline std::int64_t source_of_group(const TileScratch& scratch, const PackedSource* sources, std::int64_t g) {
   return scratch.key_source[g] == nullptr ? 0 : scratch.key_source[g] - sources;
 }
 
-/// Group g's keys as columns: k_columns[d][key] from its panel [word][16 keys].
-inline void stage_key_columns(const BackwardShape& shape, const KeyGroup& group, std::int64_t g, BackwardScratch& own) {
-#if defined(TESSERA_LEVEL_BF16)
-  if (shape.pair_product) {
-    constexpr std::int64_t stride = kBlockKeys / 2;
-    for (std::int64_t w = 0; w < shape.query_words; ++w) {
-      std::uint32_t* even = own.k_columns + 2 * w * stride + g * kGroupKeys / 2;
-      split_halves(group.k + w * kGroupKeys, even, even + stride);
-    }
-    return;
-  }
-#endif
-  for (std::int64_t d = 0; d < shape.queries.value_dim; ++d) {
-    std::memcpy(own.k_columns + d * kBlockKeys + g * kGroupKeys, group.k + d * kGroupKeys,
-                kGroupKeys * sizeof(std::uint32_t));
-  }
-}
-
-inline void clear_key_column(const BackwardShape& shape, std::int64_t column, BackwardScratch& own) {
-  for (std::int64_t d = 0; d < shape.queries.value_dim; ++d) {
-    if (shape.pair_product) {
-      reinterpret_cast<std::uint16_t*>(own.k_columns)[d * kBlockKeys + column] = 0;
-    } else {
-      own.k_columns[d * kBlockKeys + column] = 0;
-    }
-  }
-}
-
-/// Stages the collected groups as rows and columns.
+/// Stages the collected groups as rows, and their keys as value panels.
 inline void stage_backward_keys(const BackwardJobContext& context, const TileScratch& scratch, BackwardScratch& own) {
   const BackwardShape& shape = context.shape;
   for (std::int64_t g = 0; g < scratch.group_count; ++g) {
     const KeyGroup& group = scratch.groups[g];
     const std::int64_t index = source_of_group(scratch, context.sources, g);
     const PackedSource& source = context.sources[index];
-    stage_key_columns(shape, group, g, own);
+    const std::uint32_t nan = shape.pair_product ? 0x7fc0U : 0x7fc00000U;
+    std::uint32_t spoiled = 0;
+    const std::byte* k_rows[kGroupKeys];
     for (int lane = 0; lane < kGroupKeys; ++lane) {
       const std::int64_t column = g * kGroupKeys + lane;
-      const bool present = (group.lanes >> lane & 1U) != 0;
       const std::int32_t key = scratch.keys[column];
       std::uint32_t* k = own.k_rows + column * shape.query_stride;
       std::uint32_t* v = own.v_rows + column * shape.output_stride;
-      if (!present) {
+      k_rows[lane] = reinterpret_cast<const std::byte*>(k);
+      if ((group.lanes >> lane & 1U) == 0) {
         std::fill(k, k + shape.query_stride, 0U);
         std::fill(v, v + shape.output_stride, 0U);
         continue;
       }
-      // A key with NaN or Inf must not reach the rows that do not see it, where 0 * NaN is NaN: its column is cleared.
-      // The rows that do see it find a score of NaN. Likewise for values.
-      const std::uint32_t nan = shape.pair_product ? 0x7fc0U : 0x7fc00000U;
       if (!stage_backward_row(shape, source.k.row(key), source.k.dtype, shape.queries.value_dim, shape.query_stride,
                               k)) {
-        k[0] = nan;
-        clear_key_column(shape, column, own);
+        spoiled |= 1U << lane;
       }
       if (!stage_backward_row(shape, source.v.row(key), source.v.dtype, shape.outputs.value_dim, shape.output_stride,
                               v)) {
         v[0] = nan;
       }
+    }
+    stage_value_panel(k_rows, shape.queries, own.k_values + g * shape.queries.v_panel);
+    // A key with NaN or Inf must not reach the rows that do not see it, where 0 * NaN is NaN: it is 0 in the panel. The
+    // rows that do see it find a score of NaN. Likewise for values.
+    for (int lane = 0; lane < kGroupKeys; ++lane) {
+      if ((spoiled >> lane & 1U) != 0) own.k_rows[(g * kGroupKeys + lane) * shape.query_stride] = nan;
     }
   }
 }
@@ -383,10 +361,84 @@ class SumsAhead {
   std::int64_t floats_;
 };
 
+/// Asks for the query rows that a key-major job takes next, which lie in no order: q, dO and the sums of dQ.
+class RowsAhead {
+ public:
+  /// After row `row` of the queries and heads of `selection`; selections end at `end`.
+  RowsAhead(const BackwardJobContext& context, const KeyMajorJob& job, const float* d_q, const Selection* selection,
+            const Selection* end, std::int64_t row)
+      : context_(context), job_(job), d_q_(d_q), selection_(selection), end_(end), row_(row) {}
+  [[gnu::always_inline]] inline void step() {
+    for (int line = 0; line < lines_per_step; ++line) {
+      if (part_ == parts && !next_row()) return;
+      __builtin_prefetch(at_[part_], 0, 2);
+      at_[part_] += cache_line;
+      if (at_[part_] >= end_of_[part_]) ++part_;
+    }
+  }
+
+ private:
+  static constexpr int lines_per_step = 6;  // a tile of rows during a tile of 64 keys
+  static constexpr std::int64_t cache_line = 64;
+  static constexpr int parts = 3;
+
+  [[gnu::noinline]] bool next_row() {
+    if (rows_left_ == 0) return false;
+    const Call& call = context_.call.call;
+    const std::int64_t tile_q = call.plan.tile_q;
+    const std::int64_t rows = std::min(tile_q, job_.queries - selection_->plan_row * tile_q) * job_.heads;
+    if (++row_ >= rows) {
+      if (++selection_ == end_) {
+        rows_left_ = 0;
+        return false;
+      }
+      row_ = 0;
+    }
+    --rows_left_;
+    const std::int64_t r = selection_->plan_row * tile_q * job_.heads + row_;
+    const std::int64_t head = job_.first_head + r % job_.heads;
+    const std::int64_t query = job_.first_query + r / job_.heads;
+    const TensorView& q = call.inputs.q;
+    const TensorView& d_o = context_.call.saved.d_o;
+    part_ = 0;
+    place(0, call.query_row(q, job_.sequence, head, query), q.dim() * static_cast<std::int64_t>(size_of(q.dtype)));
+    place(1, call.query_row(d_o, job_.sequence, head, query),
+          d_o.dim() * static_cast<std::int64_t>(size_of(d_o.dtype)));
+    const std::int64_t width = context_.shape.queries.value_columns;
+    place(2, reinterpret_cast<const std::byte*>(d_q_ + r * width), width * static_cast<std::int64_t>(sizeof(float)));
+    return true;
+  }
+  void place(int part, const std::byte* row, std::int64_t bytes) {
+    at_[part] = row;
+    end_of_[part] = row + bytes;
+  }
+
+  const BackwardJobContext& context_;
+  const KeyMajorJob& job_;
+  const float* d_q_;
+  const Selection* selection_;
+  const Selection* end_;
+  std::int64_t row_;
+  std::int64_t rows_left_ = kTileRows;
+  const std::byte* at_[parts];
+  const std::byte* end_of_[parts];
+  int part_ = parts;
+};
+
+/// What is asked for while scores are computed.
+struct FetchAhead {
+  SumsAhead sums;
+  RowsAhead* rows;  ///< null: the rows stay
+  [[gnu::always_inline]] inline void step() {
+    sums.step();
+    if (rows != nullptr) rows->step();
+  }
+};
+
 /// product[key][column] = a[key] . panels for the 16 keys of a group.
 template <class Product>
 inline void group_products(const std::uint32_t* rows, std::int64_t stride, std::int64_t words,
-                           const std::uint32_t* panels, SlabRange slabs, float* product, SumsAhead& shadow) {
+                           const std::uint32_t* panels, SlabRange slabs, float* product, FetchAhead& shadow) {
   const std::uint32_t* a[kGroupKeys];
   for (int lane = 0; lane < kGroupKeys; ++lane) a[lane] = rows + lane * stride;
   for (std::int64_t slab = slabs.first; slab < slabs.last; slab += kRegisterPanels) {
@@ -479,19 +531,74 @@ inline void add_bias_gradients(const BackwardJobContext& context, const TileScra
   }
 }
 
-/// All gradients of `rows` staged rows against the staged groups; dQ^T gathers in the scratch.
+/// Words of dS^T of one group and 16 columns: [keys, or pairs of keys][16 columns].
+template <class Product>
+constexpr std::int64_t kTurnedWords = kGroupKeys / Product::keys_per_word * 16;
+
+/// dS of 16 rows and the groups from the panels of dS^T: ds_turned[row][keys of the block] numbers.
+template <class Product>
+inline void turn_slab(std::int64_t slab, std::int64_t group_count, BackwardScratch& own) {
+  constexpr std::int64_t words = kGroupKeys / Product::keys_per_word;  // of a group in a row
+  constexpr std::int64_t groups = 16 / words;                          // turned together
+  constexpr std::int64_t row_words = kBlockKeys / Product::keys_per_word;
+  alignas(64) std::uint32_t turned[16 * 16];
+  for (std::int64_t g = 0; g < group_count; g += groups) {
+    const std::byte* rows[16];
+    for (std::int64_t i = 0; i < 16; ++i) {
+      const std::int64_t group = std::min(g + i / words, group_count - 1);
+      const std::uint32_t* panel = own.ds_panels + (group * kTileRows / 16 + slab) * kTurnedWords<Product>;
+      rows[i] = reinterpret_cast<const std::byte*>(panel + i % words * 16);
+    }
+    for (std::int64_t w = 0; w < 16; w += kTransposeWords) transpose_block(rows, w * 4, turned + w * 16);
+    std::uint32_t* to = own.ds_turned + slab * 16 * row_words + g * words;
+    for (std::int64_t r = 0; r < 16; ++r) std::memcpy(to + r * row_words, turned + r * 16, 16 * sizeof(std::uint32_t));
+  }
+}
+
+/// dQ of the staged rows += dS K over the groups of the block; slabs that the same groups reach go together.
+template <class Product>
+inline void add_query_gradients(const BackwardShape& shape, const SlabRange* reached, std::int64_t group_count,
+                                BackwardScratch& own, float* const* d_q) {
+  const auto reaches = [&](std::int64_t g, std::int64_t slab) {
+    return slab >= reached[g].first && slab < reached[g].last;
+  };
+  for (std::int64_t slab = 0, end = 0; slab < own.slabs; slab = end) {
+    ValueGroups groups;
+    groups.count = 0;
+    for (std::int64_t g = 0; g < group_count; ++g) {
+      if (!reaches(g, slab)) continue;
+      groups.panels[groups.count] = own.k_values + g * shape.queries.v_panel;
+      groups.column[groups.count] = static_cast<std::int32_t>(g * kGroupKeys);
+      ++groups.count;
+    }
+    const auto same = [&](std::int64_t other) {
+      for (std::int64_t g = 0; g < group_count; ++g) {
+        if (reaches(g, slab) != reaches(g, other)) return false;
+      }
+      return true;
+    };
+    for (end = slab + 1; end < own.slabs && same(end);) ++end;
+    if (groups.count == 0) continue;
+    for (std::int64_t s = slab; s < end; ++s) turn_slab<Product>(s, group_count, own);
+    const auto* numbers =
+        reinterpret_cast<const float*>(own.ds_turned + slab * 16 * kBlockKeys / Product::keys_per_word);
+    add_products<Product>(numbers, groups, (end - slab) * 16, 0, shape.queries.value_columns / 16, d_q + slab * 16);
+  }
+}
+
+/// All gradients of `rows` staged rows against the staged groups; `d_q` has a row of floats for each of them and of
+/// their padding.
 template <class Product>
 void backward_block(const BackwardJobContext& context, std::int64_t sequence, const TileScratch& scratch,
-                    std::int64_t rows, BackwardScratch& own) {
+                    std::int64_t rows, BackwardScratch& own, float* const* d_q, RowsAhead* rows_ahead) {
   const BackwardShape& shape = context.shape;
-  constexpr std::int64_t panel_words = kGroupKeys / Product::keys_per_word * kTileRows;
   const std::int64_t key_columns = shape.queries.value_columns;
   SlabRange reached[kBlockGroups];
   for (std::int64_t g = 0; g < scratch.group_count; ++g) {
     const SlabRange slabs = slabs_reached(own, scratch.groups[g]);
     reached[g] = slabs;
     if (slabs.first >= slabs.last) continue;
-    SumsAhead ahead(context, scratch, g);
+    FetchAhead ahead{SumsAhead(context, scratch, g), rows_ahead};
     group_products<Product>(own.k_rows + g * kGroupKeys * shape.query_stride, shape.query_stride, shape.query_words,
                             own.q_panels, slabs, own.scores, ahead);
     group_products<Product>(own.v_rows + g * kGroupKeys * shape.output_stride, shape.output_stride, shape.output_words,
@@ -519,50 +626,8 @@ void backward_block(const BackwardJobContext& context, std::int64_t sequence, co
     add_products<Product>(own.p_rows, outputs, kGroupKeys, 0, shape.outputs.value_columns / 16, output);
     sums.finish();
   }
-  for (std::int64_t slab = 0; slab < own.slabs; slab += kRegisterPanels) {
-    const std::int64_t last = std::min<std::int64_t>(slab + kRegisterPanels, own.slabs);
-    ValueGroups groups;
-    groups.count = 0;
-    for (std::int32_t g = 0; g < scratch.group_count; ++g) {
-      if (reached[g].first >= last || reached[g].last <= slab) continue;
-      std::uint32_t* panel = own.ds_panels + g * panel_words;
-      for (std::int64_t s = slab; s < last; ++s) {
-        if (s >= reached[g].first && s < reached[g].last) continue;
-        std::memset(panel + s * panel_words / (kTileRows / 16), 0, panel_words / (kTileRows / 16) * 4);
-      }
-      groups.panels[groups.count] = panel;
-      groups.column[groups.count] = static_cast<std::int32_t>(g * kGroupKeys);
-      ++groups.count;
-    }
-    if (groups.count == 0) continue;
-    constexpr std::int64_t most_rows = 48;  // of pointers at a time
-    for (std::int64_t d = 0; d < shape.queries.value_dim; d += most_rows) {
-      float* output[most_rows];
-      const std::int64_t count = std::min(most_rows, shape.queries.value_dim - d);
-      for (std::int64_t i = 0; i < count; ++i) output[i] = own.d_q + (d + i) * kTileRows;
-      const auto* columns = reinterpret_cast<const float*>(own.k_columns + d * kBlockKeys / Product::keys_per_word);
-      add_products<Product>(columns, groups, count, slab, last, output);
-    }
-  }
-}
-
-/// body(row, first column, 16 numbers) for the staged dQ^T, turned round 16 x 16.
-template <class Body>
-inline void for_each_query_gradient(const BackwardShape& shape, std::int64_t rows, const BackwardScratch& own,
-                                    const Body& body) {
-  const std::int64_t dim = shape.queries.value_dim;
-  alignas(64) std::uint32_t turned[16 * 16];
-  for (std::int64_t d = 0; d < dim; d += 16) {
-    const std::byte* columns[16];
-    for (std::int64_t i = 0; i < 16; ++i) {
-      columns[i] = reinterpret_cast<const std::byte*>(own.d_q + std::min(d + i, dim - 1) * kTileRows);
-    }
-    for (std::int64_t c = 0; c < rows; c += 16) {
-      for (std::int64_t w = 0; w < 16; w += kTransposeWords) transpose_block(columns, (c + w) * 4, turned + w * 16);
-      for (std::int64_t r = c; r < std::min(c + 16, rows); ++r) {
-        body(r, d, reinterpret_cast<const float*>(turned) + (r - c) * 16);
-      }
-    }
+  if (context.call.gradients.d_q.data != nullptr) {
+    add_query_gradients<Product>(shape, reached, scratch.group_count, own, d_q);
   }
 }
 
@@ -585,6 +650,13 @@ inline void store_scaled(const float* numbers, float factor, std::int64_t count,
   }
 }
 
+/// row[0..dim) = factor * numbers, which have a whole number of 16.
+inline void store_scaled_row(const float* numbers, float factor, std::int64_t dim, DType dtype, std::byte* row) {
+  for (std::int64_t d = 0; d < dim; d += 16) {
+    store_scaled(numbers + d, factor, std::min<std::int64_t>(16, dim - d), dtype, row, d);
+  }
+}
+
 /// Adds what the staged rows gathered for their factors; a row belongs to one job.
 inline void add_factor_gradients(const BackwardJobContext& context, std::int64_t sequence, const TileScratch& scratch,
                                  std::int64_t rows, const BackwardScratch& own) {
@@ -599,6 +671,9 @@ void backward_tile(const BackwardJobContext& context, const TileJob& job, TileSc
   const Plan& plan = call.plan;
   const MutableTensorView& d_q = context.call.gradients.d_q;
   const std::int64_t offset = call.problem().q_offset_of(job.sequence);
+  const std::int64_t width = context.shape.queries.value_columns;
+  float* d_q_rows[kTileRows];
+  for (std::int64_t r = 0; r < kTileRows; ++r) d_q_rows[r] = own.d_q + r * width;
   with_product(context.shape.queries, [&](auto product) {
     for (std::int64_t first = 0; first < job.rows(); first += kTileRows) {
       const std::int64_t rows = std::min(kTileRows, job.rows() - first);
@@ -610,9 +685,10 @@ void backward_tile(const BackwardJobContext& context, const TileJob& job, TileSc
         scratch.row_in_tile[r] = static_cast<std::int32_t>(job.first_place % plan.tile_q + (first + r) % job.places);
       }
       stage_backward_rows(context, job.sequence, rows, scratch, own);
+      std::memset(own.d_q, 0, static_cast<std::size_t>(own.slabs * 16 * width) * sizeof(float));
       const auto flush = [&] {
         stage_backward_keys(context, scratch, own);
-        backward_block<decltype(product)>(context, job.sequence, scratch, rows, own);
+        backward_block<decltype(product)>(context, job.sequence, scratch, rows, own, d_q_rows, nullptr);
       };
       GroupCollector<decltype(flush)> groups(call, context.shape.keys, job.block, context.sources, scratch, flush);
       groups.set_positions(*std::min_element(scratch.position, scratch.position + rows),
@@ -620,11 +696,10 @@ void backward_tile(const BackwardJobContext& context, const TileJob& job, TileSc
       groups.add_row(plan.entry_begin.data()[job.plan_row], plan.entry_begin.data()[job.plan_row + 1]);
       add_factor_gradients(context, job.sequence, scratch, rows, own);
       if (d_q.data == nullptr) continue;
-      const std::int64_t dim = context.shape.queries.value_dim;
-      for_each_query_gradient(context.shape, rows, own, [&](std::int64_t r, std::int64_t d, const float* numbers) {
-        store_scaled(numbers, context.rule.to_natural, std::min<std::int64_t>(16, dim - d), d_q.dtype,
-                     call.query_row(d_q, job.sequence, scratch.head[r], scratch.query[r]), d);
-      });
+      for (std::int64_t r = 0; r < rows; ++r) {
+        store_scaled_row(d_q_rows[r], context.rule.to_natural, context.shape.queries.value_dim, d_q.dtype,
+                         call.query_row(d_q, job.sequence, scratch.head[r], scratch.query[r]));
+      }
     }
   });
 }
@@ -646,15 +721,13 @@ void backward_key_major(const BackwardJobContext& context, const KeyMajorJob& jo
     const auto flush = [&] {
       stage_backward_keys(context, scratch, own);
       std::int64_t count = 0;
-      std::int64_t accumulator[kTileRows];
-      const auto process = [&] {
+      float* d_q_rows[kTileRows];
+      const auto process = [&](const Selection* selection, std::int64_t row) {
+        RowsAhead ahead(context, job, d_q, selection, selected.selections + selected.begin[selected.tile_count], row);
         stage_backward_rows(context, job.sequence, count, scratch, own);
-        backward_block<decltype(product)>(context, job.sequence, scratch, count, own);
+        std::fill(d_q_rows + count, d_q_rows + own.slabs * 16, own.d_q);  // padding
+        backward_block<decltype(product)>(context, job.sequence, scratch, count, own, d_q_rows, &ahead);
         add_factor_gradients(context, job.sequence, scratch, count, own);
-        for_each_query_gradient(context.shape, count, own, [&](std::int64_t r, std::int64_t d, const float* numbers) {
-          float* to = d_q + accumulator[r] * width + d;
-          for (int i = 0; i < 16; i += kLanes) store(to + i, add(load(to + i), load(numbers + i)));
-        });
         count = 0;
       };
       for (const Selection* s = first; s != last; ++s) {
@@ -666,11 +739,11 @@ void backward_key_major(const BackwardJobContext& context, const KeyMajorJob& jo
           scratch.position[count] = static_cast<std::int32_t>(offset + query);
           scratch.head[count] = static_cast<std::int32_t>(job.first_head + r % job.heads);
           scratch.row_in_tile[count] = static_cast<std::int32_t>(r / job.heads % plan.tile_q);
-          accumulator[count] = r;
-          if (++count == kTileRows) process();
+          d_q_rows[count] = d_q + r * width;
+          if (++count == kTileRows) process(s, r - begin * job.heads);
         }
       }
-      if (count > 0) process();
+      if (count > 0) process(last - 1, kTileRows * job.heads);
     };
     GroupCollector<decltype(flush)> groups(call, context.shape.keys, job.block, context.sources, scratch, flush);
     for (std::int64_t t = 0; t < selected.tile_count; ++t) {
@@ -696,18 +769,40 @@ void backward_key_major(const BackwardJobContext& context, const KeyMajorJob& jo
   const std::int64_t dim = context.shape.queries.value_dim;
   for (std::int64_t r = 0; r < job.queries * job.heads; ++r) {
     std::byte* row = call.query_row(to, job.sequence, job.first_head + r % job.heads, job.first_query + r / job.heads);
-    for (std::int64_t d = 0; d < dim; d += 16) {
-      store_scaled(d_q + r * width + d, context.rule.to_natural, std::min<std::int64_t>(16, dim - d), to.dtype, row, d);
-    }
+    store_scaled_row(d_q + r * width, context.rule.to_natural, dim, to.dtype, row);
   }
 }
 
-void backward_deltas(const BackwardCall& backward, std::int64_t sequence, std::int64_t head, std::int64_t first,
-                     std::int64_t last, float* deltas) {
+/// Whether all numbers of a row are finite.
+inline bool is_finite_row(const std::byte* row, DType dtype, std::int64_t dim) {
+  Vec difference = zero();  // x - x is 0 for finite numbers and NaN otherwise
+  const std::int64_t whole = dim / kLanes * kLanes;
+  with_dtype(dtype, [&](auto type) {
+    for (std::int64_t d = 0; d < whole; d += kLanes) {
+      const Vec x = load_storage<decltype(type)::value>(row, d);
+      difference = add(difference, sub(x, x));
+    }
+  });
+  bool finite = reduce_add(difference) == 0;
+  for (std::int64_t d = whole; d < dim; ++d) finite = finite && std::isfinite(load_as_float(row, dtype, d));
+  return finite;
+}
+
+void backward_row_numbers(const BackwardCall& backward, std::int64_t sequence, std::int64_t head, std::int64_t first,
+                          std::int64_t last, const BackwardRows& rows) {
+  constexpr float log2e = 1.4426950409F;
   const SavedForward& saved = backward.saved;
+  const TensorView& q = backward.call.inputs.q;
   const std::int64_t dim = backward.problem().value_dim;
   const std::int64_t whole = dim / kLanes * kLanes;
   for (std::int64_t query = first; query < last; ++query) {
+    const std::int64_t index = backward.call.lse_index(sequence, head, query);
+    const float lse = saved.lse.data()[index];
+    if (lse == kMinusInfinity) {
+      rows.deltas[index] = 0;
+      rows.shifts[index] = kMinusInfinity;
+      continue;
+    }
     const std::byte* o = backward.call.query_row(saved.o, sequence, head, query);
     const std::byte* d_o = backward.call.query_row(saved.d_o, sequence, head, query);
     Vec sum = zero();
@@ -722,8 +817,12 @@ void backward_deltas(const BackwardCall& backward, std::int64_t sequence, std::i
     for (std::int64_t d = whole; d < dim; ++d) {
       total += load_as_float(o, saved.o.dtype, d) * load_as_float(d_o, saved.d_o.dtype, d);
     }
-    const std::int64_t index = backward.call.lse_index(sequence, head, query);
-    deltas[index] = total - (saved.d_lse.empty() ? 0.0F : saved.d_lse.data()[index]);
+    rows.deltas[index] = total - (saved.d_lse.empty() ? 0.0F : saved.d_lse.data()[index]);
+    // A row with NaN or Inf spoils the keys that it sees, and no others: its probabilities are NaN.
+    const bool finite =
+        is_finite_row(backward.call.query_row(q, sequence, head, query), q.dtype, backward.problem().head_dim) &&
+        is_finite_row(d_o, saved.d_o.dtype, dim);
+    rows.shifts[index] = finite ? -lse * log2e : std::numeric_limits<float>::quiet_NaN();
   }
 }
 

@@ -46,24 +46,30 @@ class Carver {
   std::size_t used_ = 0;
 };
 
+std::int64_t zero_row_bytes(const BackwardShape& shape) {
+  return 4 * std::max(shape.query_stride, shape.output_stride);
+}
+
 std::size_t carve(const BackwardShape& shape, std::byte* memory, BackwardScratch& own) {
   Carver carver(memory);
   constexpr std::int64_t slabs = kTileRows / 16;
-  carver.take(own.q_rows, kTileRows * shape.query_stride);
-  carver.take(own.o_rows, kTileRows * shape.output_stride);
+  carver.take(own.q_rows, 16 * shape.query_stride);
+  carver.take(own.o_rows, 16 * shape.output_stride);
+  carver.take(own.zero_row, zero_row_bytes(shape));
   carver.take(own.q_panels, kTileRows * shape.query_stride);
   carver.take(own.o_panels, kTileRows * shape.output_stride);
   carver.take(own.q_values, slabs * shape.queries.v_panel);
   carver.take(own.o_values, slabs * shape.outputs.v_panel);
   carver.take(own.k_rows, kBlockKeys * shape.query_stride);
   carver.take(own.v_rows, kBlockKeys * shape.output_stride);
-  carver.take(own.k_columns, round_up(shape.queries.value_dim, 2) * kBlockKeys);
+  carver.take(own.k_values, kBlockGroups * shape.queries.v_panel);
   carver.take(own.scores, kGroupKeys * kTileRows);
   carver.take(own.d_probabilities, kGroupKeys * kTileRows);
   carver.take(own.p_rows, kGroupKeys * kTileRows);
   carver.take(own.ds_rows, kGroupKeys * kTileRows);
   carver.take(own.ds_panels, kBlockKeys * kTileRows);
-  carver.take(own.d_q, shape.queries.value_dim * kTileRows);
+  carver.take(own.ds_turned, kBlockKeys * kTileRows);
+  carver.take(own.d_q, kTileRows * shape.queries.value_columns);
   carver.take(own.spare_rows, (kGroupKeys + 1) * shape.row_floats);
   carver.take(own.delta, kTileRows);
   carver.take(own.shift, kTileRows);
@@ -293,12 +299,15 @@ class Backward {
     const std::int64_t heads = heads_per_row(call_.plan);
     chunk_floats_ = std::max<std::int64_t>(heads * call_.plan.tile_q, kChunkRows) * shape_.queries.value_columns;
     const std::int64_t batch = problem.variable_length() ? 1 : problem.batch;
-    deltas_.resize(static_cast<std::size_t>(batch * problem.q_heads * problem.q_len));
+    const auto rows = static_cast<std::size_t>(batch * problem.q_heads * problem.q_len);
+    deltas_.resize(rows);
+    shifts_.resize(rows);
+    rows_ = {deltas_.data(), shifts_.data()};
   }
 
   std::size_t run() {
     const Problem& problem = call_.problem();
-    compute_deltas();
+    number_rows();
     add_sink_gradients();
     if (key_major_) {
       chunk_memory_ =
@@ -323,7 +332,7 @@ class Backward {
   }
 
  private:
-  void compute_deltas() {
+  void number_rows() {
     const Problem& problem = call_.problem();
     constexpr std::int64_t chunk = 256;
     for (std::int64_t sequence = 0; sequence < problem.batch; ++sequence) {
@@ -331,8 +340,7 @@ class Backward {
       const std::int64_t chunks = (queries + chunk - 1) / chunk;
       parallel_for(chunks * problem.q_heads, call_.threads, [&](std::int64_t i, int) {
         const std::int64_t first = i % chunks * chunk;
-        kernels_.backward_deltas(backward_, sequence, i / chunks, first, std::min(first + chunk, queries),
-                                 deltas_.data());
+        kernels_.backward_row_numbers(backward_, sequence, i / chunks, first, std::min(first + chunk, queries), rows_);
       });
     }
   }
@@ -414,7 +422,7 @@ class Backward {
       lane.bias = lane.keys + key_floats;
       std::fill_n(lane.bias, work.lane_floats - key_floats, 0.0F);
     }
-    const BackwardJobContext context{backward_, shape_, rule_, sources, deltas_.data(), lane};
+    const BackwardJobContext context{backward_, shape_, rule_, sources, rows_, lane};
     const auto own = static_cast<std::size_t>(thread);
     for (const Job& job : work.lanes[index]) {
       if (key_major_) {
@@ -507,6 +515,8 @@ class Backward {
   std::int64_t chunk_floats_ = 0;
   BorrowedBuffer chunk_memory_;
   std::vector<float> deltas_;
+  std::vector<float> shifts_;
+  BackwardRows rows_{};
 };
 
 }  // namespace
@@ -534,6 +544,8 @@ std::size_t backward_scratch_bytes(const BackwardShape& shape) {
 void place_backward_scratch(const BackwardShape& shape, std::byte* memory, BackwardScratch& scratch) {
   carve(shape, memory, scratch);
   std::fill_n(scratch.spare_rows, (kGroupKeys + 1) * shape.row_floats, 0.0F);
+  std::fill_n(scratch.zero_row, zero_row_bytes(shape), std::byte{0});
+  std::fill_n(scratch.d_q, kTileRows * shape.queries.value_columns, 0.0F);
 }
 
 std::size_t run_cpu_backward(const BackwardCall& backward, const LevelKernels& level, bool key_major) {

@@ -42,21 +42,23 @@ struct BackwardLane {
 
 /// Scratch of one thread beside TileScratch.
 struct BackwardScratch {
-  std::uint32_t* q_rows;    ///< [kTileRows][query_stride] staged queries
-  std::uint32_t* o_rows;    ///< [kTileRows][output_stride] staged dO
+  std::uint32_t* q_rows;    ///< [16][query_stride] staged queries, where they do not lie as compute words
+  std::uint32_t* o_rows;    ///< [16][output_stride] staged dO
+  std::byte* zero_row;      ///< compute words of a row of zeros
   std::uint32_t* q_panels;  ///< per 16 queries: [words][16]
   std::uint32_t* o_panels;
   std::uint32_t* q_values;  ///< per 16 queries: value panel
   std::uint32_t* o_values;
   std::uint32_t* k_rows;                     ///< [kBlockKeys][query_stride]
   std::uint32_t* v_rows;                     ///< [kBlockKeys][output_stride]
-  std::uint32_t* k_columns;                  ///< [head_dim rounded up to even][kBlockKeys] numbers
+  std::uint32_t* k_values;                   ///< per 16 keys: value panel of k
   float* scores;                             ///< [kGroupKeys][kTileRows], dS where it is wanted in floats
   float* d_probabilities;                    ///< [kGroupKeys][kTileRows]
   float* p_rows;                             ///< [kGroupKeys][kTileRows] numbers as multiplied
   float* ds_rows;                            ///< [kGroupKeys][kTileRows] numbers as multiplied
-  std::uint32_t* ds_panels;                  ///< per 16 keys: value panel of kTileRows columns
-  float* d_q;                                ///< [head_dim][kTileRows]
+  std::uint32_t* ds_panels;                  ///< per 16 keys and 16 queries: [keys or pairs][16 queries]
+  std::uint32_t* ds_turned;                  ///< [kTileRows][kBlockKeys] numbers as multiplied
+  float* d_q;                                ///< [kTileRows][head_dim rounded up to 16]
   float* spare_rows;                         ///< [kGroupKeys + 1][row_floats]: repeated keys, and lanes without a key
   float* delta;                              ///< [kTileRows] sum(dO * O) - dLSE
   float* shift;                              ///< [kTileRows] -LSE as an exponent of 2
@@ -72,13 +74,19 @@ struct BackwardScratch {
 std::size_t backward_scratch_bytes(const BackwardShape& shape);
 void place_backward_scratch(const BackwardShape& shape, std::byte* memory, BackwardScratch& scratch);
 
+/// One number per query row of a call, by lse_index.
+struct BackwardRows {
+  float* deltas;  ///< sum(dO * O) - dLSE, 0 for rows without weight
+  float* shifts;  ///< -LSE as an exponent of 2; NaN where q or dO holds NaN or Inf
+};
+
 /// Everything a job of a backward call reads.
 struct BackwardJobContext {
   const BackwardCall& call;
   const BackwardShape& shape;
   const BackwardRule& rule;
   const PackedSource* sources;
-  const float* deltas;  ///< of all rows, by lse_index
+  const BackwardRows& rows;
   const BackwardLane& lane;
 };
 
@@ -91,9 +99,9 @@ struct BackwardKernels {
   /// [queries][heads][head_dim rounded up to 16].
   void (*backward_key_major)(const BackwardJobContext& context, const KeyMajorJob& job,
                              const SelectionsByTile& selected, TileScratch& scratch, BackwardScratch& own, float* d_q);
-  /// deltas[lse_index] = sum(dO * O) - dLSE for queries [first, last) of a head.
-  void (*backward_deltas)(const BackwardCall& call, std::int64_t sequence, std::int64_t head, std::int64_t first,
-                          std::int64_t last, float* deltas);
+  /// The numbers of queries [first, last) of a head.
+  void (*backward_row_numbers)(const BackwardCall& call, std::int64_t sequence, std::int64_t head, std::int64_t first,
+                               std::int64_t last, const BackwardRows& rows);
   /// row[0..count) = factor * sum over the lanes, which lie `lane_stride` floats apart, in `dtype`.
   void (*sum_lanes)(const float* sums, std::int64_t lanes, std::int64_t lane_stride, float factor, std::int64_t count,
                     DType dtype, std::byte* row);

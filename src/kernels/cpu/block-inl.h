@@ -136,7 +136,7 @@ class PanelFetch {
  public:
   /// Everything is asked for after `steps` steps.
   PanelFetch(const TileShape& shape, const TileScratch& scratch, std::int64_t steps)
-      : k_lines_(shape.k_storage_panel / kLine), v_lines_(shape.v_panel / kLine), scratch_(scratch) {
+      : k_lines_(shape.k_storage_panel / line_words), v_lines_(shape.v_panel / line_words), scratch_(scratch) {
     left_ = scratch.next_count * (k_lines_ + v_lines_);
     steps = std::max<std::int64_t>(1, steps);
     share_ = (left_ + steps - 1) / steps;
@@ -148,13 +148,13 @@ class PanelFetch {
     for (std::int64_t i = 0; i < count; ++i) {
       if (in_panel_ == 0) next_panel();
       __builtin_prefetch(line_, 0, 2);
-      line_ += kLine;
+      line_ += line_words;
       --in_panel_;
     }
   }
 
  private:
-  static constexpr std::int64_t kLine = 16;  ///< words
+  static constexpr std::int64_t line_words = 16;  ///< words
 
   /// Keys and values of a group, then those of the next.
   void next_panel() {

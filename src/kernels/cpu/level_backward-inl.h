@@ -21,7 +21,7 @@ constexpr BackwardKernels backward_table() {
   BackwardKernels table{};
   table.backward_tile = backward_tile;
   table.backward_key_major = backward_key_major;
-  table.backward_deltas = backward_deltas;
+  table.backward_row_numbers = backward_row_numbers;
   table.sum_lanes = sum_lanes;
   return table;
 }
