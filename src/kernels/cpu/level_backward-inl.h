@@ -15,7 +15,13 @@
 //
 #include "kernels/cpu/group-inl.h"
 //
-#include "kernels/cpu/backward-inl.h"
+#include "kernels/cpu/backward_stage-inl.h"
+//
+#include "kernels/cpu/backward_scores-inl.h"
+//
+#include "kernels/cpu/backward_block-inl.h"
+//
+#include "kernels/cpu/backward_jobs-inl.h"
 
 constexpr BackwardKernels backward_table() {
   BackwardKernels table{};
