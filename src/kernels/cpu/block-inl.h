@@ -175,6 +175,10 @@ class PanelFetch {
   const std::uint32_t* line_ = nullptr;
 };
 
+/// Exponentials that run before every register block where products cannot carry them along: there the processor is
+/// still busy with the sums of the block before, and at the end of a stage it would wait for nothing else.
+constexpr int kStepsBetweenBlocks = kShadow ? 0 : 4;
+
 /// Scores of rows [begin, end), for the groups that reach any of their positions.
 template <class Product>
 inline void block_scores(const TileShape& shape, TileScratch& scratch, std::int64_t begin, std::int64_t end,
@@ -190,6 +194,7 @@ inline void block_scores(const TileShape& shape, TileScratch& scratch, std::int6
       for (std::int32_t p = range.first; p < range.last; ++p) k[p - range.first] = scratch.groups[p].k;
       float* scores = scratch.scores + first * kBlockKeys + range.first * kGroupKeys;
       fetch.step();
+      for (int i = 0; i < kStepsBetweenBlocks; ++i) shadow.step();
       with_count<kRegisterRows>(count, [&](auto row_count) {
         with_count<kRegisterPanels>(range.last - range.first, [&](auto panel_count) {
           score_rows<Product, row_count(), panel_count()>(scratch.q_rows + first, k, shape.compute_words, scores,
@@ -227,6 +232,7 @@ inline void block_output(const TileShape& shape, TileScratch& scratch, std::int6
         }
       }
       fetch.step();
+      for (int i = 0; i < kStepsBetweenBlocks; ++i) shadow.step();
       with_count<kRegisterRows>(count, [&](auto row_count) {
         with_count<kRegisterPanels>(panels, [&](auto panel_count) {
           output_rows<Product, row_count(), panel_count()>(
