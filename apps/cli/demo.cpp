@@ -33,6 +33,7 @@ struct Options {
   std::string html;
   double depth = 0.5;
   bool json = false;
+  LoadFlags load;
   RunFlags run;
 };
 
@@ -186,7 +187,7 @@ void run_demo(const Options& options) {
     make_method(spec);  // refuse a wrong name before the first hour of work
   const std::string document = read_text_file(options.document);
   const Prompt prompt = plant_key(document, options.depth);
-  const Model model = Model::load(options.model, run.threads);
+  const Model model = Model::load(options.model, load_options_of(options.load, run.threads));
   const std::vector<std::int32_t> tokens = model.encode(prompt.text);
 
   ComparisonPage page;
@@ -236,6 +237,7 @@ void add_demo(CLI::App& app) {
   command->add_option("--depth", options->depth, "Where the pass key is planted: 0 = at the start, 1 = at the end")
       ->capture_default_str();
   command->add_option("--html", options->html, "Write a page with the table and pictures of the plans");
+  add_load_options(*command, options->load);
   add_run_options(*command, options->run);
   add_json_option(*command, options->json);
   command->callback([options] { run_demo(*options); });

@@ -15,7 +15,7 @@
 #include "eval/comparison.h"
 #include "eval/model_evaluation.h"
 #include "io/atomic_file.h"
-#include "io/mapped_file.h"
+#include "io/file_bytes.h"
 #include "kernels/peak.h"
 #include "support/csv.h"
 #include "support/number_list.h"
@@ -57,6 +57,7 @@ struct Options {
   std::string csv;
   std::string html;
   std::string kv_dtype = "f32";
+  LoadFlags load;
   RunFlags run;
   bool json = false;
 };
@@ -118,7 +119,7 @@ class Evaluation {
   }
 
   void run() {
-    const Model model = Model::load(options_.model, options_.run.threads);
+    const Model model = Model::load(options_.model, load_options_of(options_.load, options_.run.threads));
     config_ = model.config();
     costs_.bytes_per_element = bytes_per_number(kv_dtype_of(options_.kv_dtype));
     costs_.weight_bytes = model.decoded_weight_bytes();
@@ -215,7 +216,7 @@ class Evaluation {
   Isa isa_;
   ModelConfig config_;
   eval::EvaluationCosts costs_;  ///< rates of float32 products
-  std::optional<MappedFile> text_;
+  std::optional<FileBytes> text_;
   std::vector<EvaluationResult> results_;
   ProgressLine progress_;
 };
@@ -294,6 +295,7 @@ void add_eval(CLI::App& app) {
   command->add_option("--kv-dtype", options->kv_dtype, "f32, bf16, f16 or i8")->capture_default_str();
   command->add_option("--csv", options->csv, "Write the results as comma-separated values");
   command->add_option("--html", options->html, "Write a page with curves, Pareto fronts and a table");
+  add_load_options(*command, options->load);
   add_run_options(*command, options->run);
   add_json_option(*command, options->json);
   command->callback([options, command] { run_eval(*options, command_text(*command)); });

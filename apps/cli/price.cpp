@@ -40,7 +40,7 @@ struct Options {
 /// Only the shape is read, so that models without weights at hand can be priced.
 ModelConfig config_of(const std::string& path) {
   if (!std::filesystem::is_directory(path) && std::filesystem::path(path).extension() != ".json")
-    return Model::load(path).config();
+    return Model::load(path, {.weights = WeightMemory::mapped}).config();
   const std::filesystem::path file =
       std::filesystem::is_directory(path) ? std::filesystem::path(path) / "config.json" : std::filesystem::path(path);
   return model::read_config(parse_json_file(file), file.string());

@@ -47,6 +47,7 @@ struct Options {
   std::string logits_out;
   std::string dump_qkv;
   std::string dump_layers;
+  LoadFlags load;
   RunFlags run;
   bool json = false;
 };
@@ -174,8 +175,8 @@ void run_run(const Options& options) {
   require(options.dump_layers.empty() || !options.dump_qkv.empty(), "--dump-layers needs --dump-qkv");
   require(!options.measure_bandwidth || options.json, "--measure-bandwidth needs --json");
   SessionOptions wanted = session_options(options);
+  const Model model = Model::load(options.model, load_options_of(options.load, options.run.threads));
   watch_interrupt();
-  const Model model = Model::load(options.model, options.run.threads);
   require(options.system.empty() || options.chat, "--system needs --chat");
   const std::vector<std::int32_t> prompt = prompt_tokens(model, options);
   require(!prompt.empty(), "--prompt {}: the prompt is empty and the model has no token to start with", options.prompt);
@@ -280,6 +281,7 @@ void add_run(CLI::App& app) {
       "--dump-qkv", options->dump_qkv,
       "Write the prompt's queries, keys and values, layers along the batch axis, as attend --qkv reads");
   command->add_option("--dump-layers", options->dump_layers, "Layers of --dump-qkv, as 0-2+14 (default: all)");
+  add_load_options(*command, options->load);
   add_run_options(*command, options->run);
   add_json_option(*command, options->json);
   command->callback([options] { run_run(*options); });

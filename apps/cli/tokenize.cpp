@@ -41,7 +41,7 @@ std::vector<std::int32_t> chat_tokens(const Options& options, const std::string&
   std::vector<ChatMessage> messages;
   if (!options.system.empty()) messages.push_back({"system", options.system});
   messages.push_back({"user", text});
-  return Model::load(options.model).encode_chat(messages);
+  return Model::load(options.model, {.weights = WeightMemory::mapped}).encode_chat(messages);
 }
 
 void run_tokenize(const Options& options) {

@@ -25,6 +25,7 @@ struct Options {
   std::string out;
   std::int64_t length = 0;
   std::vector<std::string> parameters;
+  LoadFlags load;
   RunFlags run;
   bool json = false;
 };
@@ -53,8 +54,8 @@ void run_tune(const tune::TunerEntry& tuner, const Options& options) {
   const Json parameters = parameters_of_pairs(tuner, options.parameters);
   require(options.out.ends_with(".json"), "--out is '{}'; expected a name that ends with .json, as --method reads",
           options.out);
+  const Model model = Model::load(options.model, load_options_of(options.load, options.run.threads));
   watch_interrupt();
-  const Model model = Model::load(options.model, options.run.threads);
   tune::TuningTask task;
   task.model = &model;
   if (!options.text.empty()) {
@@ -110,6 +111,7 @@ void add_tuner(CLI::App& tune, const tune::TunerEntry& tuner) {
   command->add_option("--text", options->text, "File with calibration text (default: generated prompts)");
   command->add_option("--length", options->length, "Tokens of a calibration prompt (default: the search's own)");
   command->add_option("--param", options->parameters, "Parameter of the search, as key=value; may be given again");
+  add_load_options(*command, options->load);
   add_run_options(*command, options->run);
   add_json_option(*command, options->json);
   command->callback([&tuner, options] { run_tune(tuner, *options); });

@@ -44,6 +44,7 @@ struct Options {
   std::int64_t cells = 512;
   bool causal = false;
   GridFlags grid;
+  LoadFlags load;
   RunFlags run;
   bool json = false;
 };
@@ -109,7 +110,7 @@ std::vector<std::string> texts_of(const Model& model, std::span<const std::int32
 }
 
 OrderedJson view_model(const Options& options, const std::vector<std::string>& specs, ProgressLine& progress) {
-  const Model model = Model::load(options.model, options.run.threads);
+  const Model model = Model::load(options.model, load_options_of(options.load, options.run.threads));
   const ModelConfig& config = model.config();
   std::vector<std::int32_t> tokens = model.encode(read_prompt(options.prompt));
   if (options.length > 0 && std::ssize(tokens) > options.length)
@@ -266,6 +267,7 @@ void add_view(CLI::App& app) {
   command->add_option("--cells", options->cells, "Cells a side at the finest level; each holds a power of 2 of tokens")
       ->capture_default_str();
   command->add_option("--html", options->html, "Page to write")->required();
+  add_load_options(*command, options->load);
   add_run_options(*command, options->run);
   add_json_option(*command, options->json);
   command->callback([options, command] { run_view(*options, command_text(*command)); });

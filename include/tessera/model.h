@@ -151,20 +151,38 @@ struct ChatMessage {
   std::string content;
 };
 
+/// Where the weights of a model lie.
+enum class WeightMemory : std::uint8_t {
+  automatic,  ///< "auto": copied if the files take at most half of the memory that the system has available, else
+              ///< mapped
+  mapped,     ///< pages of the files: loading takes no time, and processes share them
+  copied,     ///< read into memory of the process, in huge pages where the system gives them: decoding is faster
+};
+std::string_view name_of(WeightMemory memory);
+/// Throws Error that lists the known names.
+WeightMemory weight_memory_from_name(std::string_view name);
+
+/// How a model is loaded.
+struct LoadOptions {
+  WeightMemory weights = WeightMemory::automatic;
+  int threads = 0;  ///< that copy; 0: all
+};
+
 /// A model: shape, weights and tokenizer. Immutable; sessions share it.
 class Model {
  public:
-  /// Reads a folder or a *.gguf file, memory-mapped; matrices are used in place in the type the file has. Of a folder
-  /// it reads config.json, model.safetensors or model.safetensors.index.json with its shards, tokenizer.json,
+  /// Reads a folder or a *.gguf file; matrices are used in place in the type the file has. Of a folder it reads
+  /// config.json, model.safetensors or model.safetensors.index.json with its shards, tokenizer.json,
   /// tokenizer_config.json and generation_config.json. Without tokenizer.json token ids are byte values. Throws Error
-  /// naming file, key, value and what was expected.
-  static Model load(const std::filesystem::path& path, int threads = 0);
+  /// naming file, key, value and what was expected, and for weights to be copied that are larger than the memory
+  /// available.
+  static Model load(const std::filesystem::path& path, const LoadOptions& options = {});
   Model(Model&&) noexcept;
   Model& operator=(Model&&) noexcept;
   ~Model();
 
   const ModelConfig& config() const;
-  /// Heap bytes of the weights (mapped ones not counted).
+  /// Bytes that the weights take in memory of the process (mapped ones not counted).
   std::size_t weight_bytes() const;
   /// Bytes of the matrices that one decoded token reads, in the form of the files: of the experts those chosen.
   double decoded_weight_bytes() const;

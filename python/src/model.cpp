@@ -142,11 +142,12 @@ void bind_model(nb::module_& module) {
   nb::class_<Model>(module, "Model", "A language model, of a folder in Hugging Face layout or a *.gguf file.")
       .def_static(
           "load",
-          [](const std::string& folder, int threads) {
+          [](const std::string& folder, int threads, const std::string& weights) {
+            const LoadOptions options{weight_memory_from_name(weights), threads};
             const nb::gil_scoped_release release;
-            return std::make_shared<Model>(Model::load(folder, threads));
+            return std::make_shared<Model>(Model::load(folder, options));
           },
-          nb::arg("folder"), nb::arg("threads") = 0)
+          nb::arg("folder"), nb::arg("threads") = 0, nb::arg("weights") = "auto")
       .def_prop_ro("config", [](const Model& self) { return to_dict(self.config()); })
       .def_prop_ro("weight_bytes", &Model::weight_bytes)
       .def(

@@ -215,9 +215,16 @@ class Model:
         self._native = native
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], *, threads: int = 0) -> Model:
-        """Reads config.json, *.safetensors and tokenizer.json of a folder, or a *.gguf file. Raises Error naming file and key."""
-        return cls(_core.Model.load(os.fspath(folder), threads))
+    def load(cls, folder: str | os.PathLike[str], *, threads: int = 0, weights: str = "auto") -> Model:
+        """Reads config.json, *.safetensors and tokenizer.json of a folder, or a *.gguf file. Raises Error naming file and key.
+
+        Args:
+            folder: of the model, or the file.
+            threads: that copy weights; 0: all.
+            weights: "mapped" (pages of the files), "copied" (memory of the process, in huge pages where the system gives
+                them: decoding is faster) or "auto": copied if the files take at most half of the memory available.
+        """
+        return cls(_core.Model.load(os.fspath(folder), threads, weights))
 
     @property
     def config(self) -> dict[str, Any]:

@@ -90,9 +90,22 @@ def test_evaluation(model):
         model.evaluate(["paskey"])
 
 
+def test_weights_are_mapped_or_copied(model):
+    tokens = model.encode("Attention is")
+    expected = model.session().prefill(tokens)
+    sizes = {}
+    for weights in ["mapped", "copied"]:
+        other = tessera.Model.load(FOLDER, weights=weights, threads=2)
+        np.testing.assert_array_equal(other.session().prefill(tokens), expected)
+        sizes[weights] = other._native.weight_bytes
+    assert sizes["copied"] >= sizes["mapped"] + os.path.getsize(os.path.join(FOLDER, "model.safetensors"))
+
+
 def test_mistakes(model, tmp_path):
     with pytest.raises(tessera.Error, match="config.json"):
         tessera.Model.load(tmp_path)
+    with pytest.raises(tessera.Error, match="weights is 'huge'; expected auto, mapped or copied"):
+        tessera.Model.load(FOLDER, weights="huge")
     with pytest.raises(tessera.Error, match="empty"):
         model.session().prefill([])
     with pytest.raises(tessera.Error, match="vocabulary"):

@@ -277,11 +277,15 @@ std::int64_t GgufTensor::elements() const {
   return product;
 }
 
-GgufFile GgufFile::open(const std::filesystem::path& path) {
-  GgufFile file;
-  file.name_ = path.string();
-  file.file_ = MappedFile(path);
-  Reader(file.file_.bytes(), file).read();
+GgufFile GgufFile::open(const std::filesystem::path& path, FileMemory memory, int threads) {
+  GgufFile file = parse(FileBytes(path), path.string());
+  if (memory == FileMemory::copied) file = parse(FileBytes(path, memory, threads), path.string());
+  return file;
+}
+
+GgufFile GgufFile::parse(FileBytes bytes, std::string name) {
+  GgufFile file = parse(bytes.bytes(), std::move(name));
+  file.file_ = std::move(bytes);
   return file;
 }
 

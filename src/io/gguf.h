@@ -11,8 +11,8 @@
 #include <string_view>
 #include <vector>
 
+#include "io/file_bytes.h"
 #include "io/ggml_blocks.h"
-#include "io/mapped_file.h"
 
 namespace tessera {
 
@@ -43,17 +43,18 @@ enum class GgufType : std::uint32_t {
   f64 = 12,
 };
 
-/// An open file. Tensors are views of the mapping: nothing is read until it is touched.
+/// An open file. Tensors are views of its bytes; of a mapped file nothing is read until it is touched.
 class GgufFile {
  public:
   /// Checks the whole header before returning: every count and length against the bytes that are left, tensors for
   /// alignment, bounds and overlap. Throws Error for a file that is truncated, lies, or holds types that cannot be
-  /// read.
-  static GgufFile open(const std::filesystem::path& path);
+  /// read, before anything is copied. FileBytes says what `memory` and `threads` do.
+  static GgufFile open(const std::filesystem::path& path, FileMemory memory = FileMemory::mapped, int threads = 0);
   /// The same for bytes held by the caller, which must outlive the result. `name` stands for them in messages.
   static GgufFile parse(std::span<const std::byte> bytes, std::string name);
 
   const std::string& name() const { return name_; }  ///< path, for messages
+  std::size_t copied_bytes() const { return file_.copied_bytes(); }
 
   bool has(std::string_view key) const { return values_.find(key) != values_.end(); }
   /// The value of a key, converted. T is std::int64_t, double, bool, std::string, or a vector of std::int64_t, double,
@@ -84,10 +85,11 @@ class GgufFile {
   };
   class Reader;
 
+  static GgufFile parse(FileBytes file, std::string name);
   const Value* find(std::string_view key) const;
 
   std::string name_;
-  MappedFile file_;
+  FileBytes file_;
   std::span<const std::byte> data_;
   std::map<std::string, Value, std::less<>> values_;
   std::map<std::string, GgufTensor, std::less<>> tensors_;

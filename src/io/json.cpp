@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "core/error.h"
-#include "io/mapped_file.h"
+#include "io/file_bytes.h"
 
 namespace tessera {
 
@@ -133,7 +133,7 @@ Json parse_json(std::string_view text, std::string_view name, const JsonLimits& 
 }
 
 std::string read_text_file(const std::filesystem::path& path, std::size_t largest) {
-  const MappedFile file(path);
+  const FileBytes file(path);
   require(file.bytes().size() <= largest, "{}: {} bytes are too many; expected at most {}", path.string(),
           file.bytes().size(), largest);
   return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};

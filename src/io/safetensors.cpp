@@ -79,11 +79,15 @@ std::int64_t TensorInfo::elements() const {
   return product(shape).value();
 }
 
-SafetensorsFile SafetensorsFile::open(const std::filesystem::path& path) {
-  SafetensorsFile result;
-  result.name_ = path.string();
-  result.file_ = MappedFile(path);
-  result.read_header(result.file_.bytes());
+SafetensorsFile SafetensorsFile::open(const std::filesystem::path& path, FileMemory memory, int threads) {
+  SafetensorsFile file = parse(FileBytes(path), path.string());
+  if (memory == FileMemory::copied) file = parse(FileBytes(path, memory, threads), path.string());
+  return file;
+}
+
+SafetensorsFile SafetensorsFile::parse(FileBytes bytes, std::string name) {
+  SafetensorsFile result = parse(bytes.bytes(), std::move(name));
+  result.file_ = std::move(bytes);
   return result;
 }
 

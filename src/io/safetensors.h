@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-#include "io/mapped_file.h"
+#include "io/file_bytes.h"
 #include "tessera/core.h"
 
 namespace tessera {
@@ -27,19 +27,22 @@ struct TensorInfo {
   std::int64_t elements() const;
 };
 
-/// An open file. Tensors are views of the mapping: nothing is read until it is touched.
+/// An open file. Tensors are views of its bytes; of a mapped file nothing is read until it is touched.
 ///
 /// The format does not promise alignment: bytes() may start anywhere. values() gives typed access whatever the
 /// alignment, copying only where it must.
 class SafetensorsFile {
  public:
   /// Checks the whole header before returning. Throws Error for a file that is truncated, lies about its sizes, has an
-  /// unknown dtype, overlapping tensors or holes between them.
-  static SafetensorsFile open(const std::filesystem::path& path);
+  /// unknown dtype, overlapping tensors or holes between them, before anything is copied. FileBytes says what `memory`
+  /// and `threads` do.
+  static SafetensorsFile open(const std::filesystem::path& path, FileMemory memory = FileMemory::mapped,
+                              int threads = 0);
   /// The same for bytes held by the caller, which must outlive the result. `name` stands for them in messages.
   static SafetensorsFile parse(std::span<const std::byte> bytes, std::string name);
 
   const std::string& name() const { return name_; }  ///< path, for messages
+  std::size_t copied_bytes() const { return file_.copied_bytes(); }
   /// Sorted.
   std::vector<std::string> names() const;
   bool contains(std::string_view tensor) const { return tensors_.find(tensor) != tensors_.end(); }
@@ -77,10 +80,11 @@ class SafetensorsFile {
   static std::vector<DType> dtypes_of(std::int64_t) { return {DType::i64}; }
   static std::vector<DType> dtypes_of(std::uint64_t) { return {DType::i64}; }
   std::span<const std::byte> checked_bytes(std::string_view tensor, const std::vector<DType>& expected) const;
+  static SafetensorsFile parse(FileBytes file, std::string name);
   void read_header(std::span<const std::byte> bytes);
 
   std::string name_;
-  MappedFile file_;
+  FileBytes file_;
   std::span<const std::byte> data_;
   std::map<std::string, TensorInfo, std::less<>> tensors_;
   std::map<std::string, std::string, std::less<>> metadata_;

@@ -99,6 +99,8 @@ class GgufSource final : public TensorSource {
     }
   }
 
+  std::size_t copied_bytes() const override { return file_.copied_bytes(); }
+
  private:
   std::optional<Place> place_of(std::string_view tensor) const {
     for (const auto& [ours, theirs] : kWhole) {

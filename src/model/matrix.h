@@ -111,6 +111,8 @@ class TensorSource {
   /// Throws Error for a tensor that nobody asked for and whose name begins with none of `harmless`: it would be left
   /// out of the computation in silence.
   virtual void check_all_used(std::span<const std::string> harmless) const = 0;
+  /// Memory of the process that the tensors lie in; 0 where files are mapped.
+  virtual std::size_t copied_bytes() const = 0;
 };
 
 }  // namespace tessera::model

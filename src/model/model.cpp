@@ -12,6 +12,7 @@
 #include "model/safetensors_source.h"
 #include "model/tokenizer_folder.h"
 #include "model/tokenizer_gguf.h"
+#include "model/weight_memory.h"
 
 namespace tessera {
 
@@ -49,20 +50,20 @@ void read_generation_config(const std::filesystem::path& path, ModelConfig& conf
   }
 }
 
-std::unique_ptr<const Model::Parts> load_folder(const std::filesystem::path& folder) {
+std::unique_ptr<const Model::Parts> load_folder(const std::filesystem::path& folder, const LoadOptions& options) {
   const auto path = folder / "config.json";
   ModelConfig config = model::read_config(parse_json_file(path), path.string());
   read_generation_config(folder / "generation_config.json", config);
   model::Tokenizer tokenizer = model::read_tokenizer(folder, config.vocab_size);
-  model::Weights weights = model::load_weights(model::open_safetensors(folder), config);
+  model::Weights weights = model::load_weights(model::open_safetensors(folder, options), config);
   auto parts = std::make_unique<Model::Parts>(Model::Parts{std::move(config), std::move(weights), std::move(tokenizer),
                                                            model::read_chat_template(folder), folder.string()});
   add_end_of_turn(*parts);
   return parts;
 }
 
-std::unique_ptr<const Model::Parts> load_gguf(const std::filesystem::path& path) {
-  GgufFile file = GgufFile::open(path);
+std::unique_ptr<const Model::Parts> load_gguf(const std::filesystem::path& path, const LoadOptions& options) {
+  GgufFile file = GgufFile::open(path, model::memory_of_weights({path}, options.weights), options.threads);
   ModelConfig config = model::read_config(file);
   model::Tokenizer tokenizer = model::read_tokenizer(file);
   auto chat_template = file.get_optional<std::string>("tokenizer.chat_template");
@@ -80,12 +81,12 @@ Model::Model(Model&&) noexcept = default;
 Model& Model::operator=(Model&&) noexcept = default;
 Model::~Model() = default;
 
-Model Model::load(const std::filesystem::path& path, int) {
+Model Model::load(const std::filesystem::path& path, const LoadOptions& options) {
   std::error_code ignored;
-  if (std::filesystem::is_directory(path, ignored)) return Model(load_folder(path));
+  if (std::filesystem::is_directory(path, ignored)) return Model(load_folder(path, options));
   require(path.extension() == ".gguf", "model '{}' is neither a folder with config.json nor a *.gguf file",
           path.string());
-  return Model(load_gguf(path));
+  return Model(load_gguf(path, options));
 }
 
 const ModelConfig& Model::config() const {

@@ -8,6 +8,7 @@
 #include "core/error.h"
 #include "io/json.h"
 #include "io/safetensors.h"
+#include "model/weight_memory.h"
 
 namespace tessera::model {
 
@@ -19,10 +20,10 @@ constexpr std::string_view kIndexFile = "model.safetensors.index.json";
 /// The tensors of one or several files by name.
 class SafetensorsSource final : public TensorSource {
  public:
-  explicit SafetensorsSource(const std::filesystem::path& folder) {
+  SafetensorsSource(const std::filesystem::path& folder, const LoadOptions& options) {
     std::error_code ignored;
     if (std::filesystem::exists(folder / kSingleFile, ignored)) {
-      add(folder / kSingleFile);
+      add({folder / kSingleFile}, options);
       place_ = (folder / kSingleFile).string();
       return;
     }
@@ -32,14 +33,14 @@ class SafetensorsSource final : public TensorSource {
     place_ = path.string();
     const Json map = get<Json>(parse_json_file(path), "weight_map", place_);
     require(map.is_object(), "{}: 'weight_map' is no object", place_);
-    std::set<std::string> shards;
+    std::set<std::filesystem::path> shards;
     for (const auto& [tensor, file] : map.items()) {
       const auto shard = get<std::string>(map, tensor, place_);
       require(!shard.empty() && shard.find('/') == std::string::npos && shard.find('\0') == std::string::npos,
               "{}: tensor '{}' lies in '{}'; expected the name of a file in the same folder", place_, tensor, shard);
-      shards.insert(shard);
+      shards.insert(folder / shard);
     }
-    for (const std::string& shard : shards) add(folder / shard);
+    add({shards.begin(), shards.end()}, options);
     for (const auto& [tensor, file] : map.items()) {
       const auto found = by_name_.find(tensor);
       const std::string expected = (folder / file.get<std::string>()).string();
@@ -82,6 +83,12 @@ class SafetensorsSource final : public TensorSource {
     }
   }
 
+  std::size_t copied_bytes() const override {
+    std::size_t bytes = 0;
+    for (const SafetensorsFile& file : files_) bytes += file.copied_bytes();
+    return bytes;
+  }
+
  private:
   const SafetensorsFile& file_of(const std::string& tensor) {
     const auto found = by_name_.find(tensor);
@@ -104,11 +111,14 @@ class SafetensorsSource final : public TensorSource {
             tensor, info.dtype_name);
   }
 
-  void add(const std::filesystem::path& path) {
-    files_.push_back(SafetensorsFile::open(path));
-    for (std::string& name : files_.back().names()) {
-      const auto [place, fresh] = by_name_.emplace(std::move(name), files_.size() - 1);
-      require(fresh, "{}: tensor '{}' is also in {}", path.string(), place->first, files_[place->second].name());
+  void add(const std::vector<std::filesystem::path>& paths, const LoadOptions& options) {
+    const FileMemory memory = memory_of_weights(paths, options.weights);
+    for (const std::filesystem::path& path : paths) {
+      files_.push_back(SafetensorsFile::open(path, memory, options.threads));
+      for (std::string& name : files_.back().names()) {
+        const auto [place, fresh] = by_name_.emplace(std::move(name), files_.size() - 1);
+        require(fresh, "{}: tensor '{}' is also in {}", path.string(), place->first, files_[place->second].name());
+      }
     }
   }
 
@@ -120,8 +130,8 @@ class SafetensorsSource final : public TensorSource {
 
 }  // namespace
 
-std::unique_ptr<TensorSource> open_safetensors(const std::filesystem::path& folder) {
-  return std::make_unique<SafetensorsSource>(folder);
+std::unique_ptr<TensorSource> open_safetensors(const std::filesystem::path& folder, const LoadOptions& options) {
+  return std::make_unique<SafetensorsSource>(folder, options);
 }
 
 }  // namespace tessera::model

@@ -168,7 +168,8 @@ std::size_t bytes_of(const FeedForwardWeights& part) {
 }  // namespace
 
 std::size_t Weights::heap_bytes() const {
-  std::size_t bytes = norm.size() * sizeof(float) + embedding->heap_bytes() + (head ? head->heap_bytes() : 0);
+  std::size_t bytes =
+      source->copied_bytes() + norm.size() * sizeof(float) + embedding->heap_bytes() + (head ? head->heap_bytes() : 0);
   for (const LayerWeights& layer : layers) {
     for (const Matrix* matrix : {layer.q.get(), layer.k.get(), layer.v.get(), layer.o.get(), layer.router.get()}) {
       if (matrix != nullptr) bytes += matrix->heap_bytes();

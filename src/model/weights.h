@@ -38,7 +38,7 @@ struct Weights {
   std::vector<float> norm;       ///< [hidden]
   std::unique_ptr<Matrix> head;  ///< [vocab][hidden]; null when tied
   const Matrix& output_head() const { return head ? *head : *embedding; }
-  std::size_t heap_bytes() const;
+  std::size_t heap_bytes() const;  ///< copied files too
   /// Bytes of the matrices that one token reads whose layers choose so many experts.
   double decoded_bytes(std::int64_t chosen_experts) const;
 };

@@ -63,6 +63,13 @@ class RunCachesTest(CommandLineTest):
         self.assertIsNone(self.run_model("--no-bits-per-byte")["bits_per_byte"])
         self.refuse("run", "--model", MODEL, "--prompt", "-", "--bits-per-byte", "--no-bits-per-byte", saying="excludes")
 
+    def test_weights(self):
+        expected = self.run_model()["tokens"]
+        for weights in ["auto", "mapped", "copied"]:
+            self.assertEqual(self.run_model("--weights", weights)["tokens"], expected)
+        self.refuse("run", "--model", MODEL, "--prompt", "-", "--weights", "huge",
+                    saying="--weights: weights is 'huge'; expected auto, mapped or copied")  # fmt: skip
+
     def test_measure_bandwidth(self):
         report = self.run_model("--measure-bandwidth")
         for key in ["read_gbps", "decode_of_bandwidth", "decode_tokens_per_s", "peak_rss_mb"]:

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <functional>
 
+#include "io/temporary_folder.h"
 #include "tessera/core.h"
 
 namespace tessera {
@@ -165,6 +166,33 @@ TEST(GgufTest, EveryCutIsAnError) {
     EXPECT_THROW(GgufFile::parse(std::span(writer.bytes()).first(size), "f"), Error) << size;
   }
   EXPECT_EQ(message_of(writer), "no error");
+}
+
+TEST(GgufTest, FilesAreMappedOrCopied) {
+  Writer writer;
+  writer.header(1, 1).text("a").number<std::uint32_t>(8).text("text");
+  writer.tensor("w", {2}, 0, 0).pad(32, 0).number(1.5F).number(-2.5F);
+  const std::string content(reinterpret_cast<const char*>(writer.bytes().data()), writer.bytes().size());
+  const testing::TemporaryFolder folder;
+  const auto whole = folder.file("whole.gguf", content);
+  const auto cut = folder.file("cut.gguf", std::string_view(content).substr(0, content.size() - 4));
+  for (const FileMemory memory : {FileMemory::mapped, FileMemory::copied}) {
+    GgufFile first = GgufFile::open(whole, memory);
+    const GgufFile file = std::move(first);
+    EXPECT_EQ(file.name(), whole.string());
+    EXPECT_EQ(file.get<std::string>("a"), "text");
+    float numbers[2];
+    ASSERT_EQ(file.bytes(file.tensor("w")).size(), sizeof numbers);
+    std::memcpy(numbers, file.bytes(file.tensor("w")).data(), sizeof numbers);
+    EXPECT_THAT(numbers, ::testing::ElementsAre(1.5F, -2.5F));
+    EXPECT_EQ(file.copied_bytes() > 0, memory == FileMemory::copied);
+    try {
+      GgufFile::open(cut, memory);
+      FAIL() << "accepted";
+    } catch (const Error& error) {
+      EXPECT_THAT(error.what(), HasSubstr("cut.gguf: tensor 'w' lies at bytes 0 to 8 of the data, which has 4"));
+    }
+  }
 }
 
 TEST(GgmlBlocksTest, SmallBlocksByHand) {

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <fstream>
+#include <functional>
 
 #include "io/temporary_folder.h"
 
@@ -65,9 +66,12 @@ TEST(Safetensors, StaysReadableAfterItIsMoved) {
   const std::vector<float> floats = {1, 2};
   const std::vector<NamedTensor> tensors = {named_tensor<float>("x", DType::f32, {2}, floats)};
   write_safetensors(folder / "a.safetensors", tensors);
-  SafetensorsFile first = SafetensorsFile::open(folder / "a.safetensors");
-  const SafetensorsFile second = std::move(first);
-  EXPECT_EQ(second.copy<float>("x"), floats);
+  for (const FileMemory memory : {FileMemory::mapped, FileMemory::copied}) {
+    SafetensorsFile first = SafetensorsFile::open(folder / "a.safetensors", memory);
+    const SafetensorsFile second = std::move(first);
+    EXPECT_EQ(second.copy<float>("x"), floats);
+    EXPECT_EQ(second.copied_bytes() > 0, memory == FileMemory::copied);
+  }
 }
 
 TEST(Safetensors, ReadsUnalignedData) {
@@ -131,12 +135,15 @@ std::string two(const std::string& first, const std::string& second) {
 }
 
 TEST_P(BadSafetensors, IsRefused) {
-  // From memory and from a file: the same checks, and never anything but Error.
+  // From memory and from a file, mapped or copied: the same checks, and never anything but Error.
   const testing::TemporaryFolder folder;
   const auto path = folder.file("bad.safetensors", GetParam().content);
-  for (const bool from_file : {false, true}) {
+  const std::vector<std::function<SafetensorsFile()>> ways = {
+      [] { return parse(GetParam().content); }, [&] { return SafetensorsFile::open(path); },
+      [&] { return SafetensorsFile::open(path, FileMemory::copied); }};
+  for (const auto& open : ways) {
     try {
-      from_file ? SafetensorsFile::open(path) : parse(GetParam().content);
+      open();
       FAIL() << "accepted";
     } catch (const Error& error) {
       EXPECT_THAT(error.what(), HasSubstr(GetParam().message));
@@ -217,13 +224,6 @@ TEST(SafetensorsWriter, ReplacesAnEarlierFile) {
     write_safetensors(folder / "x.st", std::vector{named_tensor<float>("x", DType::f32, {1}, values)});
     EXPECT_EQ(SafetensorsFile::open(folder / "x.st").copy<float>("x"), values);
   }
-}
-
-TEST(MappedFile, RefusesFoldersAndMissingFiles) {
-  const testing::TemporaryFolder folder;
-  EXPECT_THROW(MappedFile(folder.path()), Error);
-  EXPECT_THROW(MappedFile(folder / "missing"), Error);
-  EXPECT_TRUE(MappedFile(folder.file("empty", "")).bytes().empty());
 }
 
 }  // namespace

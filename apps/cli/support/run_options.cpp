@@ -41,6 +41,23 @@ CacheType kv_dtype_of(const std::string& name) {
   }
 }
 
+void add_load_options(CLI::App& command, LoadFlags& flags) {
+  command
+      .add_option(
+          "--weights", flags.weights,
+          "Where weights lie: mapped (pages of the file), copied (memory of the process: decoding is faster) or "
+          "auto (copied if they take at most half of the memory available)")
+      ->capture_default_str();
+}
+
+LoadOptions load_options_of(const LoadFlags& flags, int threads) {
+  try {
+    return {weight_memory_from_name(flags.weights), threads};
+  } catch (const Error& error) {
+    throw Error(fmt::format("--weights: {}", error.what()));
+  }
+}
+
 RunOptions run_options_of(const RunFlags& flags) {
   RunOptions options;
   const std::vector<Isa> here = supported_isas();

@@ -25,6 +25,17 @@ RunOptions run_options_of(const RunFlags& flags);
 /// Value of --kv-dtype. Throws Error that names the option and lists the known types.
 CacheType kv_dtype_of(const std::string& name);
 
+/// Where a command that runs a model lets its weights lie.
+struct LoadFlags {
+  std::string weights = "auto";
+};
+
+/// Adds --weights, bound to `flags`.
+void add_load_options(CLI::App& command, LoadFlags& flags);
+
+/// Throws Error for an unknown name.
+LoadOptions load_options_of(const LoadFlags& flags, int threads);
+
 struct GridFlags {
   std::string grid;
   std::int64_t prefix = 0;
