@@ -1,6 +1,7 @@
 #include "kernels/block_product.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -63,6 +64,62 @@ class Activations {
   ByteActivations view_{};
 };
 
+/// Rows of one of the products.
+struct Item {
+  const BlockProduct* product;
+  std::int64_t first;
+  std::int64_t outputs;
+};
+
+/// Items of a share that threads have taken.
+struct alignas(64) Progress {
+  std::atomic<std::int64_t> taken{0};
+};
+
+/// The rows of all products in as many shares of the same size as there are threads. What a thread asks memory for
+/// beyond an item is the next item of its share: only the end of a share is asked for in vain.
+class Shares {
+ public:
+  Shares(std::span<const BlockProduct> products, std::int64_t bytes, int team) {
+    ends_.reserve(static_cast<std::size_t>(team));
+    const std::int64_t share = bytes / team;
+    std::int64_t left = share;  // of the share
+    for (const BlockProduct& product : products) {
+      const auto& [type, blocks, row_bytes, outputs, inputs] = product.weights;
+      for (std::int64_t first = 0; first < outputs;) {
+        const std::int64_t item_bytes = std::clamp(left / 2, kLeastItemBytes, kMostItemBytes);
+        const std::int64_t count = std::min(std::max<std::int64_t>(item_bytes / row_bytes, 1), outputs - first);
+        items_.push_back({&product, first, count});
+        first += count;
+        left -= count * row_bytes;
+        if (left <= 0 && std::ssize(ends_) + 1 < team) {
+          ends_.push_back(std::ssize(items_));
+          left += share;
+        }
+      }
+    }
+    ends_.resize(static_cast<std::size_t>(team), std::ssize(items_));
+  }
+
+  /// Calls body(item) for the items of share `own`, in order, and then for what is left of the others'.
+  template <class Body>
+  void work(std::int64_t own, std::span<Progress> progress, const Body& body) const {
+    for (std::size_t i = 0; i < ends_.size(); ++i) {
+      const std::size_t share = (static_cast<std::size_t>(own) + i) % ends_.size();
+      const std::int64_t begin = share == 0 ? 0 : ends_[share - 1];
+      for (;;) {
+        const std::int64_t item = begin + progress[share].taken.fetch_add(1, std::memory_order_relaxed);
+        if (item >= ends_[share]) break;
+        body(items_[static_cast<std::size_t>(item)]);
+      }
+    }
+  }
+
+ private:
+  std::vector<Item> items_;
+  std::vector<std::int64_t> ends_;  ///< of the items of each share
+};
+
 }  // namespace
 
 void multiply_blocks(const BlockRows& weights, const float* x, std::int64_t rows, float* y, int threads, Isa isa) {
@@ -76,33 +133,19 @@ void multiply_blocks(std::span<const BlockProduct> products, const float* x, std
   const std::int64_t inputs = products.front().weights.inputs;
   std::int64_t bytes = 0;
   for (const BlockProduct& product : products) bytes += product.weights.outputs * product.weights.row_bytes;
-  struct Item {
-    const BlockProduct* product;
-    std::int64_t first;
-    std::int64_t outputs;
-  };
-  std::vector<Item> items;
-  std::int64_t left = bytes;
   const int team = bytes < kSmallBytes ? 1 : thread_count(threads);
-  for (const BlockProduct& product : products) {
-    const auto& [type, blocks, row_bytes, outputs, own_inputs] = product.weights;
-    for (std::int64_t first = 0; first < outputs;) {
-      const std::int64_t item_bytes = std::clamp(left / (2 * team), kLeastItemBytes, kMostItemBytes);
-      const std::int64_t count = std::min(std::max<std::int64_t>(item_bytes / row_bytes, 1), outputs - first);
-      items.push_back({&product, first, count});
-      first += count;
-      left -= count * row_bytes;
-    }
-  }
+  const Shares shares(products, bytes, team);
   for (std::int64_t first = 0; first < rows; first += kBlockRows) {
     const Activations activations(kernels, x + first * inputs, std::min(kBlockRows, rows - first), inputs);
-    parallel_for(std::ssize(items), team, [&](std::int64_t i, int) {
-      const auto& [product, output, outputs] = items[static_cast<std::size_t>(i)];
-      BlockRows part = product->weights;
-      part.blocks += output * part.row_bytes;
-      part.outputs = outputs;
-      const std::int64_t stride = product->weights.outputs;
-      kernels.multiply_blocks(part, activations.view(), product->y + first * stride + output, stride);
+    std::vector<Progress> progress(static_cast<std::size_t>(team));
+    parallel_for(team, team, [&](std::int64_t own, int) {
+      shares.work(own, progress, [&](const Item& item) {
+        BlockRows part = item.product->weights;
+        part.blocks += item.first * part.row_bytes;
+        part.outputs = item.outputs;
+        const std::int64_t stride = item.product->weights.outputs;
+        kernels.multiply_blocks(part, activations.view(), item.product->y + first * stride + item.first, stride);
+      });
     });
   }
 }

@@ -208,7 +208,7 @@ TEST(BlockProduct, TogetherAsAlone) {
     for (std::size_t m = 0; m < matrices.size(); ++m) {
       kernels::multiply_blocks(products[m].weights, x.data(), count, alone[m].data(), 1, default_isa());
     }
-    for (const int threads : {1, 3}) {
+    for (const int threads : {1, 2, 3, 40}) {
       kernels::multiply_blocks(products, x.data(), count, threads, default_isa());
       for (std::size_t m = 0; m < matrices.size(); ++m) {
         const auto written = static_cast<std::size_t>(count * matrices[m].second);

@@ -238,10 +238,13 @@ constexpr int kHalves = kLanes / 8;
 constexpr std::int64_t kRowsTogether = 4;
 /// How far ahead weights are asked for: memory is not waited for, and what lies behind the last row is not touched by
 /// asking.
-constexpr std::int64_t kAhead = 4096;
+constexpr std::int64_t kAhead = 8192;
 
+inline void ask_for(const std::uint8_t* p, std::int64_t bytes) {
+  for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, 2);
+}
 inline void prefetch_ahead(const std::uint8_t* p, std::int64_t bytes) {
-  for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + kAhead + line, 0, 2);
+  ask_for(p + kAhead, bytes);
 }
 
 /// dot(row, sums) for every row of weights, reduced in fours.
@@ -522,6 +525,8 @@ inline Vec dot_q6_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiva
 /// y[o] for one row of activations.
 inline void multiply_one_row(const BlockRows& weights, const ByteActivations& x, float* y) {
   const std::int64_t inputs = weights.inputs;
+  // No row before asked for the first ones.
+  ask_for(reinterpret_cast<const std::uint8_t*>(weights.blocks), std::min(kAhead, weights.outputs * weights.row_bytes));
   switch (weights.type) {
     case GgmlType::q8_0:
       return for_each_row(weights, y, [&](const auto* p) { return dot_q80(p, inputs / 32, x); });
