@@ -42,12 +42,10 @@
 #include <array>
 #include <chrono>
 #include <cmath>
-#include <map>
 
 #include "core/convert.h"
 #include "core/error.h"
 #include "core/parallel.h"
-#include "kernels/key_rows.h"
 #include "kernels/workspace.h"
 #include "methods/compressed_tokens.h"
 #include "methods/registry.h"
