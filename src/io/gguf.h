@@ -85,7 +85,7 @@ class GgufFile {
   };
   class Reader;
 
-  static GgufFile parse(FileBytes file, std::string name);
+  static GgufFile parse(FileBytes bytes, std::string name);
   const Value* find(std::string_view key) const;
 
   std::string name_;

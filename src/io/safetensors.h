@@ -80,7 +80,7 @@ class SafetensorsFile {
   static std::vector<DType> dtypes_of(std::int64_t) { return {DType::i64}; }
   static std::vector<DType> dtypes_of(std::uint64_t) { return {DType::i64}; }
   std::span<const std::byte> checked_bytes(std::string_view tensor, const std::vector<DType>& expected) const;
-  static SafetensorsFile parse(FileBytes file, std::string name);
+  static SafetensorsFile parse(FileBytes bytes, std::string name);
   void read_header(std::span<const std::byte> bytes);
 
   std::string name_;

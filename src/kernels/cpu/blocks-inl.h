@@ -359,7 +359,7 @@ inline Vec dot_q45_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiv
   Vec acc[2]{zero(), zero()};
   Vec low = zero();
   // Nibbles of odd groups stay where they are, 16 times as large, where products of such bytes cost no more.
-  constexpr bool kInPlace = !fifth && kWideBytes;
+  constexpr bool in_place = !fifth && kWideBytes;
   const IntVec low_bits = set1_int(0x0f0f0f0f);
   [[maybe_unused]] const IntVec high_bits = set1_int(static_cast<std::int32_t>(0xf0f0f0f0U));
   const IntVec fifth_bit = set1_int(0x10101010);
@@ -376,8 +376,8 @@ inline Vec dot_q45_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiv
       const std::int8_t* numbers = x.paired + first + v * 32;
       const auto half = [&](IntVec own, [[maybe_unused]] auto which, auto odd) __attribute__((always_inline)) {
         IntVec nibbles = own;
-        if constexpr (odd() && !kInPlace) nibbles = shift_right<4>(own);
-        nibbles = bits_and(nibbles, odd() && kInPlace ? high_bits : low_bits);
+        if constexpr (odd() && !in_place) nibbles = shift_right<4>(own);
+        nibbles = bits_and(nibbles, odd() && in_place ? high_bits : low_bits);
         if constexpr (fifth) {
           const IntVec bits = repeat_quarter(p + 16 + which() * 16);
           nibbles = bits_or(nibbles, bits_and(shift_quarters<4 - 4 * v - odd()>(bits), fifth_bit));
@@ -396,7 +396,7 @@ inline Vec dot_q45_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiv
     multiply(std::integral_constant<int, 0>{});
     if constexpr (kHalves == 1) multiply(std::integral_constant<int, 1>{});
   }
-  if constexpr (kInPlace) acc[1] = mul(acc[1], set1(1.0F / 16));
+  if constexpr (in_place) acc[1] = mul(acc[1], set1(1.0F / 16));
   return sub(add(acc[0], acc[1]), drop_scales(low));
 }
 
