@@ -3,6 +3,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 
@@ -105,8 +106,14 @@ TEST(FileBytes, RefusesACopyForWhichThereIsNoMemory) {
   ASSERT_EQ(getrlimit(RLIMIT_AS, &before), 0);
   const rlimit tight{std::min<rlim_t>(before.rlim_max, pages * kPage + size / 2), before.rlim_max};
   ASSERT_EQ(setrlimit(RLIMIT_AS, &tight), 0);
-  const std::string message = message_of(path, FileMemory::copied);
+  // Emulators take the limit and do not keep it.
+  void* too_much = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  const std::string message = too_much == MAP_FAILED ? message_of(path, FileMemory::copied) : "";
   ASSERT_EQ(setrlimit(RLIMIT_AS, &before), 0);
+  if (too_much != MAP_FAILED) {
+    munmap(too_much, size);
+    GTEST_SKIP() << "this system does not limit memory";
+  }
   EXPECT_THAT(message, HasSubstr("holes: there is no memory for a copy (8589934592 bytes)"));
 }
 
