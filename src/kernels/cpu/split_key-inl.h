@@ -25,26 +25,36 @@ constexpr std::int64_t kPair = 2 * kLanes;
 class RowWalk {
  public:
   RowWalk(const std::byte* const* rows, const std::int64_t* ahead, std::int64_t row_bytes, std::int64_t count)
-      : rows_(rows), ahead_(ahead), row_bytes_(row_bytes), count_(count) {}
+      : rows_(rows), ahead_(ahead), lines_(static_cast<std::uint32_t>((row_bytes + kLine - 1) / kLine)) {
+    count_ = static_cast<std::uint32_t>(count);
+    start_row();
+  }
 
   [[gnu::always_inline]] inline void ask_for_lines(std::int64_t lines) {
-    constexpr std::int64_t line = 64;
     for (std::int64_t i = 0; i < lines; ++i) {
-      __builtin_prefetch(rows_[key_] + ahead_[key_ / kGroupKeys] + offset_, 0, 2);
-      offset_ += line;
-      if (offset_ < row_bytes_) continue;
-      offset_ = 0;
+      __builtin_prefetch(next_, 0, 2);
+      next_ += kLine;
+      if (--left_ != 0) continue;
       if (key_ + 1 < count_) ++key_;
+      start_row();
     }
   }
 
  private:
+  static constexpr std::int64_t kLine = 64;
+
+  [[gnu::always_inline]] inline void start_row() {
+    next_ = rows_[key_] + ahead_[key_ / kGroupKeys];
+    left_ = lines_;
+  }
+
   const std::byte* const* rows_;
   const std::int64_t* ahead_;
-  std::int64_t row_bytes_;
-  std::int64_t count_;
-  std::int64_t key_ = 0;
-  std::int64_t offset_ = 0;
+  const std::byte* next_ = nullptr;
+  std::uint32_t lines_;  ///< of a row
+  std::uint32_t left_ = 0;
+  std::uint32_t key_ = 0;
+  std::uint32_t count_ = 0;
 };
 
 inline RowWalk walk_values(const TileShape& shape, const DecodeBlock& block) {
@@ -327,8 +337,6 @@ inline void add_decode_group(const Call& call, const TileShape& shape, const Til
   const std::int32_t g = scratch.group_count;
   KeyGroup& group = scratch.groups[g];
   std::int32_t* keys = scratch.keys + g * kGroupKeys;
-  group.first_key = INT32_MAX;
-  group.last_key = INT32_MIN;
   const auto key_at = [&](std::int64_t place) -> std::int64_t {
     const std::int64_t key = list != nullptr ? list[place] : range.begin + place;
     return order != nullptr ? order[key] : key;
@@ -337,23 +345,27 @@ inline void add_decode_group(const Call& call, const TileShape& shape, const Til
   const bool known = !scattered && later < range.count;
   block.ahead_k[g] = known ? source.k.row(range.begin + later) - source.k.row(range.begin + first) : 0;
   block.ahead_v[g] = known ? source.v.row(range.begin + later) - source.v.row(range.begin + first) : 0;
-  std::int64_t contiguous = 0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t key = key_at(first + i);
-    keys[i] = static_cast<std::int32_t>(key);
-    group.first_key = std::min(group.first_key, keys[i]);
-    group.last_key = std::max(group.last_key, keys[i]);
-    const std::int64_t place = block.count + i;
-    if (contiguous == 0) {
-      block.k[place] = source.k.row(key);
-      block.v[place] = source.v.row(key);
-      contiguous = scattered ? 0 : source.k.contiguous_from(key, count - i) - 1;
-    } else {
-      block.k[place] = block.k[place - 1] + source.k.row_bytes;
-      block.v[place] = block.v[place - 1] + source.v.row_bytes;
-      --contiguous;
+  const std::byte** k_rows = block.k + block.count;
+  const std::byte** v_rows = block.v + block.count;
+  for (std::int64_t i = 0, run = 0; i < count && !scattered; i += run) {
+    const std::int64_t key = range.begin + first + i;
+    run = source.k.contiguous_from(key, count - i);
+    const std::byte* k = source.k.row(key);
+    const std::byte* v = source.v.row(key);
+    for (std::int64_t j = 0; j < run; ++j) {
+      k_rows[i + j] = k + j * source.k.row_bytes;
+      v_rows[i + j] = v + j * source.v.row_bytes;
+      keys[i + j] = static_cast<std::int32_t>(key + j);
     }
   }
+  for (std::int64_t i = 0; i < count && scattered; ++i) {
+    const std::int64_t key = key_at(first + i);
+    k_rows[i] = source.k.row(key);
+    v_rows[i] = source.v.row(key);
+    keys[i] = static_cast<std::int32_t>(key);
+  }
+  group.first_key = scattered ? *std::min_element(keys, keys + count) : keys[0];
+  group.last_key = scattered ? *std::max_element(keys, keys + count) : keys[count - 1];
   for (std::int64_t i = count; i < kGroupKeys; ++i) keys[i] = keys[0];
   group.lanes = 0xffffU >> (kGroupKeys - count);
   group.slow_value = false;
