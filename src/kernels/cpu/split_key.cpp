@@ -14,6 +14,8 @@ namespace {
 
 constexpr std::int64_t kPieceKeys = 2048;
 constexpr std::int64_t kSharesPerThread = 8;
+/// Numbers of all pieces that one thread merges before a second one has started.
+constexpr std::size_t kFewNumbers = 1 << 14;
 
 struct Row {
   TileJob job;
@@ -129,7 +131,8 @@ std::size_t run_split_key(const Call& call, const LevelKernels& level) {
                        scratch.of(thread), maximum.data() + state, sum.data() + state, output + state * columns);
   };
   parallel_for(pieces, call.threads, attend, together);
-  parallel_for(static_cast<std::int64_t>(work.rows.size()), call.threads, [&](std::int64_t r, int) {
+  const bool few = state_begin.back() * columns < kFewNumbers;
+  parallel_for(static_cast<std::int64_t>(work.rows.size()), few ? 1 : call.threads, [&](std::int64_t r, int) {
     const Row& row = work.rows[static_cast<std::size_t>(r)];
     const std::size_t state = state_begin[static_cast<std::size_t>(r)];
     level.merge_pieces(call, shape, rule, row.job, row.pieces, maximum.data() + state, sum.data() + state,
