@@ -13,9 +13,9 @@ usage: scripts/check-aarch64.sh [--cli] [--wheel] [LAYER[:FILTER] ...]
   --wheel   a wheel of the Python package for Arm, by cross compilation with nanobind's sources from .venv, and one
             attention call in an emulated Python
 
-Without arguments, as in CI: all but eval and tune, and but for the tests of kernels that take minutes under emulation.
-Really all, hours on two cores: scripts/check-aarch64.sh --cli --wheel all. The Arm libraries are unpacked beside the build;
-the package lists of the system stay as they are.
+Without arguments, as in CI: all layers but for the tests that take minutes under emulation, those of thousands of tokens
+among them. Really all, hours on two cores: scripts/check-aarch64.sh --cli --wheel all. The Arm libraries are unpacked
+beside the build; the package lists of the system stay as they are.
 Needs the Debian packages of scripts/install-packages.sh build test cross.
 TEXT
 }
@@ -33,9 +33,12 @@ for argument in "$@"; do
     *) layers+=("$argument") ;;
   esac
 done
-slow=Backward.DenseOverAwkwardLengths:Backward.KeyMajorOverTilesAndGroups:Kernels.KeyMajorOverTilesAndGroups
-slow+=:OnlineSkip.FollowsTheReferenceTileByTile:RowWeightsBackward.ReferenceMatchesCentralDifferences
-[[ $# -gt 0 ]] || layers=(core io plan cache score recurrent view methods model "kernels:-$slow")
+slow_kernels=Backward.DenseOverAwkwardLengths:Backward.KeyMajorOverTilesAndGroups:Kernels.KeyMajorOverTilesAndGroups
+slow_kernels+=:OnlineSkip.FollowsTheReferenceTileByTile:RowWeightsBackward.ReferenceMatchesCentralDifferences
+slow_eval='*/16384_tokens:PrefillMemory/*:*/PrefillMemory.*'
+slow_tune='*PrefillDefault*:PatternSearch.*:SpanProfile.*:MoaTuner.*:Thresholds.KeepWhatTheMethodKeeps:Tuners.WriteWhatTheMethodsRead'
+[[ $# -gt 0 ]] || layers=(core io plan cache score recurrent view methods model "kernels:-$slow_kernels" "eval:-$slow_eval"
+  "tune:-$slow_tune")
 build=build/aarch64
 root=$PWD/$build/root
 triple=aarch64-linux-gnu

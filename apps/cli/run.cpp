@@ -266,7 +266,7 @@ void add_run(CLI::App& app) {
                       "Refuse a prompt whose cache and activations need more MB (default: what is available; negative: "
                       "never)");
   command->add_flag("--exact-products", options->exact_products,
-                    "Multiply bf16 weights with float32 activations, more slowly");
+                    "Multiply bf16 weights and keys with float32 activations and queries, more slowly");
   command->add_flag("--ignore-eos", options->ignore_eos, "Do not stop at an end-of-sequence token");
   CLI::Option* bits = command->add_flag("--bits-per-byte", options->bits_per_byte,
                                         "Measure the bits per byte of the prompt, from the logits of all its tokens");

@@ -132,6 +132,7 @@ class Session::Implementation {
       call.prompt = true;
       call.prompt_ends = first + rows == total;
       call.exact = options_.exact_products;
+      call.round_queries = options_.kv_dtype == CacheType::bf16 && !options_.exact_products;
       call.length = before + total;
       call.on_plan = [&](std::int64_t layer, const Plan& plan) {
         note_peak();  // before the layer's cache may compress

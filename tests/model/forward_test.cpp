@@ -128,6 +128,30 @@ TEST(ForwardCache, NarrowTypesStayNear) {
   EXPECT_LT(f16, 0.02);
 }
 
+TEST(ForwardCache, QueriesAreRoundedAsTheirKeysWherePairsAreMultiplied) {
+  const Loaded loaded({});
+  const Model model = loaded.load();
+  const auto tokens = testing::random_tokens(100, 260, 9);
+  for (const Isa isa : supported_isas()) {
+    SCOPED_TRACE(name_of(isa));
+    SessionOptions options;
+    options.run.isa = isa;
+    const Logits f32 = prefill_logits(model, tokens, options);
+    options.kv_dtype = CacheType::bf16;
+    const Logits rounded = prefill_logits(model, tokens, options);
+    options.exact_products = true;
+    const Logits exact = prefill_logits(model, tokens, options);
+    const double difference = largest_difference(exact, rounded);
+    if (isa == Isa::avx512_bf16) {
+      EXPECT_GT(difference, 1e-6);
+    } else {
+      EXPECT_EQ(difference, 0);
+    }
+    // What rounding the queries adds is no more than what rounding keys and values did.
+    EXPECT_LT(difference, 2 * largest_difference(f32, exact));
+  }
+}
+
 TEST(ForwardThreads, ResultsDoNotDependOnThem) {
   const Loaded loaded({});
   const Model model = loaded.load();

@@ -4,10 +4,12 @@
 #include <array>
 #include <cassert>
 #include <cmath>
+#include <cstring>
 
 #include "core/parallel.h"
 #include "model/layers/elementwise.h"
 #include "model/layers/layer_method.h"
+#include "model/products.h"
 
 namespace tessera::model {
 
@@ -141,6 +143,29 @@ void Decoder::rotate(const Rope& rope, std::int64_t position, std::int64_t rows,
   });
 }
 
+TensorView Decoder::attending_queries(const AttentionCall& call) {
+  const std::array<std::int64_t, 4> shape{1, config_.q_heads, rows_, config_.head_dim};
+  const ProductLevel& level = products_of(call.run.isa.value_or(default_isa()));
+  if (!call.round_queries || level.round_pairs == nullptr) {
+    return view_of(queries_.data(), DType::f32, shape, Layout::bnhd);
+  }
+  // A rounded row takes the first half of its own place.
+  const std::int64_t width = config_.q_heads * config_.head_dim;
+  constexpr std::int64_t rows_per_item = 32;
+  parallel_for((rows_ + rows_per_item - 1) / rows_per_item, call.run.threads, [&](std::int64_t item, int) {
+    std::vector<std::uint16_t> rounded(static_cast<std::size_t>(width + 1));
+    for (std::int64_t row = item * rows_per_item; row < std::min(rows_, (item + 1) * rows_per_item); ++row) {
+      float* place = queries_.data() + row * width;
+      level.round_pairs(place, width, rounded.data(), (width + 1) / 2);
+      std::memcpy(place, rounded.data(), static_cast<std::size_t>(width) * sizeof(std::uint16_t));
+    }
+  });
+  TensorView view = view_of(queries_.data(), DType::bf16, shape, Layout::bnhd);
+  view.strides[0] *= 2;
+  view.strides[2] *= 2;
+  return view;
+}
+
 void Decoder::attend(std::int64_t layer_index, LayerCache& cache, const AttentionCall& call, double& attention_ms) {
   const std::array<std::int64_t, 4> shape{1, config_.q_heads, rows_, config_.head_dim};
   const LayerMethod method(*call.method, config_.layer(layer_index).window,
@@ -150,7 +175,7 @@ void Decoder::attend(std::int64_t layer_index, LayerCache& cache, const Attentio
   CacheCall cache_call;
   cache_call.method = changed ? &method : call.method;
   cache_call.prompt = call.prompt;
-  cache_call.q = view_of(queries_.data(), DType::f32, shape, Layout::bnhd);
+  cache_call.q = attending_queries(call);
   cache_call.outputs = {mutable_view_of(attended_.data(), DType::f32, shape, Layout::bnhd), {}};
   cache_call.executed = call.on_plan ? &plan : nullptr;
   const PlanContext context{.layer = layer_index, .layers = config_.layers, .state = call.state, .run = call.run};

@@ -22,10 +22,11 @@ struct AttentionCall {
   const Method* method = nullptr;
   MethodState* state = nullptr;
   RunOptions run;
-  bool prompt = false;       ///< the tokens belong to the prompt
-  bool prompt_ends = false;  ///< with these tokens: caches may compress
-  bool exact = false;        ///< see SessionOptions::exact_products
-  std::int64_t length = 0;   ///< tokens of the sequence once the prompt is in: what some rotary scalings depend on
+  bool prompt = false;         ///< the tokens belong to the prompt
+  bool prompt_ends = false;    ///< with these tokens: caches may compress
+  bool exact = false;          ///< see SessionOptions::exact_products
+  bool round_queries = false;  ///< to bf16 where pairs can be multiplied: the keys are bf16
+  std::int64_t length = 0;     ///< tokens of the sequence once the prompt is in: what some rotary scalings depend on
   /// Receives the plan of each layer if set.
   std::function<void(std::int64_t layer, const Plan& plan)> on_plan;
   /// Receives the queries, keys and values of the pass if set.
@@ -63,6 +64,8 @@ class Decoder {
   ProductOptions products(const RunOptions& run, bool exact) {
     return {.threads = run.threads, .exact = exact, .isa = run.isa, .scratch = &scratch_};
   }
+  /// The queries as attention reads them.
+  TensorView attending_queries(const AttentionCall& call);
   void rotate(const Rope& rope, std::int64_t position, std::int64_t rows, const AttentionCall& call, float* queries);
 
   const ModelConfig& config_;
