@@ -7,7 +7,8 @@ packages_of() {
   case $1 in
     # ocl-icd-opencl-dev: libdnnl-dev's CMake package asks for OpenCL but only recommends it.
     build) echo g++ cmake ninja-build pkg-config libfmt-dev nlohmann-json3-dev libcli11-dev libdnnl-dev ocl-icd-opencl-dev libpng-dev libpcre2-dev libutf8proc-dev libjs-chart.js ;;
-    test) echo libgtest-dev libgmock-dev libbenchmark-dev libsimde-dev python3 python3-dev python3-venv ;;
+    # ccache: the Python package is made of objects that the C++ build compiled before.
+    test) echo ccache libgtest-dev libgmock-dev libbenchmark-dev libsimde-dev python3 python3-dev python3-venv ;;
     browser) echo chromium fonts-dejavu-core ;;
     lint) echo clang-format clang-tidy libomp-dev ;;
     cross) echo g++-aarch64-linux-gnu qemu-user ;;
