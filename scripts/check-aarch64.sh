@@ -35,7 +35,7 @@ for argument in "$@"; do
 done
 slow_kernels=Backward.DenseOverAwkwardLengths:Backward.KeyMajorOverTilesAndGroups:Kernels.KeyMajorOverTilesAndGroups
 slow_kernels+=:OnlineSkip.FollowsTheReferenceTileByTile:RowWeightsBackward.ReferenceMatchesCentralDifferences
-slow_eval='*/16384_tokens:PrefillMemory/*:*/PrefillMemory.*'
+slow_eval='*/16384_tokens:*PrefillMemory*'
 slow_tune='*PrefillDefault*:PatternSearch.*:SpanProfile.*:MoaTuner.*:Thresholds.KeepWhatTheMethodKeeps:Tuners.WriteWhatTheMethodsRead'
 [[ $# -gt 0 ]] || layers=(core io plan cache score recurrent view methods model "kernels:-$slow_kernels" "eval:-$slow_eval"
   "tune:-$slow_tune")
