@@ -25,7 +25,7 @@ constexpr std::int64_t kPair = 2 * kLanes;
 class RowWalk {
  public:
   RowWalk(const std::byte* const* rows, const std::int64_t* ahead, std::int64_t row_bytes, std::int64_t count)
-      : rows_(rows), ahead_(ahead), lines_(static_cast<std::uint32_t>((row_bytes + kLine - 1) / kLine)) {
+      : rows_(rows), ahead_(ahead), lines_(static_cast<std::uint32_t>((row_bytes + line_bytes - 1) / line_bytes)) {
     count_ = static_cast<std::uint32_t>(count);
     start_row();
   }
@@ -33,7 +33,7 @@ class RowWalk {
   [[gnu::always_inline]] inline void ask_for_lines(std::int64_t lines) {
     for (std::int64_t i = 0; i < lines; ++i) {
       __builtin_prefetch(next_, 0, 2);
-      next_ += kLine;
+      next_ += line_bytes;
       if (--left_ != 0) continue;
       if (key_ + 1 < count_) ++key_;
       start_row();
@@ -41,7 +41,7 @@ class RowWalk {
   }
 
  private:
-  static constexpr std::int64_t kLine = 64;
+  static constexpr std::int64_t line_bytes = 64;
 
   [[gnu::always_inline]] inline void start_row() {
     next_ = rows_[key_] + ahead_[key_ / kGroupKeys];
