@@ -25,8 +25,10 @@ constexpr std::int64_t kPair = 2 * kLanes;
 class RowWalk {
  public:
   RowWalk(const std::byte* const* rows, const std::int64_t* ahead, std::int64_t row_bytes, std::int64_t count)
-      : rows_(rows), ahead_(ahead), lines_(static_cast<std::uint32_t>((row_bytes + line_bytes - 1) / line_bytes)) {
-    count_ = static_cast<std::uint32_t>(count);
+      : rows_(rows),
+        ahead_(ahead),
+        lines_(static_cast<std::uint32_t>((row_bytes + line_bytes - 1) / line_bytes)),
+        count_(static_cast<std::uint32_t>(count)) {
     start_row();
   }
 
@@ -50,11 +52,11 @@ class RowWalk {
 
   const std::byte* const* rows_;
   const std::int64_t* ahead_;
-  const std::byte* next_ = nullptr;
   std::uint32_t lines_;  ///< of a row
-  std::uint32_t left_ = 0;
+  std::uint32_t count_;
   std::uint32_t key_ = 0;
-  std::uint32_t count_ = 0;
+  std::uint32_t left_ = 0;  ///< lines of the row at key_
+  const std::byte* next_ = nullptr;
 };
 
 inline RowWalk walk_values(const TileShape& shape, const DecodeBlock& block) {
@@ -337,35 +339,38 @@ inline void add_decode_group(const Call& call, const TileShape& shape, const Til
   const std::int32_t g = scratch.group_count;
   KeyGroup& group = scratch.groups[g];
   std::int32_t* keys = scratch.keys + g * kGroupKeys;
-  const auto key_at = [&](std::int64_t place) -> std::int64_t {
-    const std::int64_t key = list != nullptr ? list[place] : range.begin + place;
-    return order != nullptr ? order[key] : key;
-  };
   const std::int64_t later = first + kRunAhead / (shape.head_dim * static_cast<std::int64_t>(size_of(shape.dtype)));
   const bool known = !scattered && later < range.count;
   block.ahead_k[g] = known ? source.k.row(range.begin + later) - source.k.row(range.begin + first) : 0;
   block.ahead_v[g] = known ? source.v.row(range.begin + later) - source.v.row(range.begin + first) : 0;
   const std::byte** k_rows = block.k + block.count;
   const std::byte** v_rows = block.v + block.count;
-  for (std::int64_t i = 0, run = 0; i < count && !scattered; i += run) {
-    const std::int64_t key = range.begin + first + i;
-    run = source.k.contiguous_from(key, count - i);
-    const std::byte* k = source.k.row(key);
-    const std::byte* v = source.v.row(key);
-    for (std::int64_t j = 0; j < run; ++j) {
-      k_rows[i + j] = k + j * source.k.row_bytes;
-      v_rows[i + j] = v + j * source.v.row_bytes;
-      keys[i + j] = static_cast<std::int32_t>(key + j);
+  if (scattered) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t place = list != nullptr ? list[first + i] : range.begin + first + i;
+      const std::int64_t key = order != nullptr ? order[place] : place;
+      k_rows[i] = source.k.row(key);
+      v_rows[i] = source.v.row(key);
+      keys[i] = static_cast<std::int32_t>(key);
     }
+    group.first_key = *std::min_element(keys, keys + count);
+    group.last_key = *std::max_element(keys, keys + count);
+  } else {
+    // Runs of rows at one distance: the whole group, or its part of a page.
+    for (std::int64_t i = 0, run = 0; i < count; i += run) {
+      const std::int64_t key = range.begin + first + i;
+      run = source.k.contiguous_from(key, count - i);
+      const std::byte* k = source.k.row(key);
+      const std::byte* v = source.v.row(key);
+      for (std::int64_t j = 0; j < run; ++j) {
+        k_rows[i + j] = k + j * source.k.row_bytes;
+        v_rows[i + j] = v + j * source.v.row_bytes;
+        keys[i + j] = static_cast<std::int32_t>(key + j);
+      }
+    }
+    group.first_key = keys[0];
+    group.last_key = keys[count - 1];
   }
-  for (std::int64_t i = 0; i < count && scattered; ++i) {
-    const std::int64_t key = key_at(first + i);
-    k_rows[i] = source.k.row(key);
-    v_rows[i] = source.v.row(key);
-    keys[i] = static_cast<std::int32_t>(key);
-  }
-  group.first_key = scattered ? *std::min_element(keys, keys + count) : keys[0];
-  group.last_key = scattered ? *std::max_element(keys, keys + count) : keys[count - 1];
   for (std::int64_t i = count; i < kGroupKeys; ++i) keys[i] = keys[0];
   group.lanes = 0xffffU >> (kGroupKeys - count);
   group.slow_value = false;
