@@ -78,10 +78,11 @@ inline EmulatedM512bh emulated_to_bf16(simde__m512 upper, simde__m512 lower) {
   }
   return halves;
 }
-/// x - round(x); 0 for infinities.
-inline simde__m512 emulated_fraction(simde__m512 x) {
+/// x minus the nearest multiple of 2^-(rounding / 16); 0 for infinities.
+inline simde__m512 emulated_fraction(simde__m512 x, int rounding) {
   auto floats = emulated_cast<Floats16>(x);
-  for (float& y : floats.lanes) y = std::isinf(y) ? 0.0F : y - std::nearbyint(y);
+  const auto unit = static_cast<float>(1 << (rounding >> 4));
+  for (float& y : floats.lanes) y = std::isinf(y) ? 0.0F : y - std::nearbyint(y * unit) / unit;
   return emulated_cast<simde__m512>(floats);
 }
 /// x * 2^floor(exponent).
@@ -160,7 +161,7 @@ inline simde__m512i emulated_truncate(simde__m512 x) {
 #define _mm512_cvtph_ps(x) emulated_from_half(x)
 #define _mm512_cvtps_ph(x, rounding) emulated_to_half(x)
 #define _mm512_cvtne2ps_pbh(upper, lower) emulated_to_bf16(upper, lower)
-#define _mm512_reduce_ps(x, rounding) emulated_fraction(x)
+#define _mm512_reduce_ps(x, rounding) emulated_fraction(x, rounding)
 #define _mm512_scalef_ps(x, exponent) emulated_scale(x, exponent)
 #undef _mm512_madd_epi16  // SIMDe gives this name to another intrinsic
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)

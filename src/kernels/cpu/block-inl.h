@@ -47,7 +47,7 @@ inline void mask_group(const TileScratch& scratch, const KeyGroup& group, std::i
   }
 }
 
-/// Query scale, soft-cap, ALiBi, key bias and log-weights on one row; scores become natural-unit scores.
+/// Query scale, soft-cap, ALiBi, key bias and log-weights on one row, in natural units; then ScoreRule::from_natural.
 inline void modify_row(const Call& call, const ScoreRule& rule, const TileJob& job, const TileScratch& scratch,
                        std::int64_t row) {
   const Modifiers& modifiers = call.inputs.modifiers;
@@ -78,7 +78,7 @@ inline void modify_row(const Call& call, const ScoreRule& rule, const TileJob& j
       } else {
         s = add(s, load(scratch.key_log_weight + g * kGroupKeys + lane));
       }
-      store(scores + lane, s);
+      store(scores + lane, mul(s, set1(rule.from_natural)));
     }
   }
 }
@@ -396,9 +396,10 @@ inline void prepare_weights(const Call& call, const TileShape& shape, const Scor
 }
 
 /// Rows of a stage of the pipeline: enough for the exponentials of one stage to hide behind the products of its
-/// neighbours, few enough for the scores of three stages to stay in L1. Without a shadow, more rows read a panel while
-/// it is in L1.
-constexpr std::int64_t kStageRows = (kShadow ? 2 : 4) * kRegisterRows;
+/// neighbours, few enough for the scores of three stages to stay near. Without a shadow, and with the smaller panels of
+/// pairs, more rows read a panel while it is in L1.
+template <class Product>
+constexpr std::int64_t kStageRows = (kShadow && Product::keys_per_word == 1 ? 2 : 4) * kRegisterRows;
 
 /// The whole block for `rows` rows of the scratch; clears the list of groups.
 ///
@@ -414,7 +415,7 @@ void process_block(const Call& call, const TileShape& shape, const ScoreRule& ru
   const std::int64_t columns = scratch.group_count * kGroupKeys;
   // The online skip judges a whole row group at once.
   const bool may_skip = call.online_skip.used();
-  const std::int64_t stage_rows = may_skip ? call.online_skip.rows : kStageRows;
+  const std::int64_t stage_rows = may_skip ? call.online_skip.rows : kStageRows<Product>;
   PanelFetch fetch(shape, scratch,
                    rows / kRegisterRows * (scratch.group_count + shape.value_columns / 16) / kRegisterPanels);
   for (std::int64_t stage = 0; stage < rows + 2 * stage_rows; stage += stage_rows) {

@@ -606,33 +606,78 @@ inline void widen_blocks(GgmlType type, const std::byte* blocks, std::int64_t nu
   });
 }
 
+/// Groups of activations whose largest numbers are found together.
+constexpr std::int64_t kGroupsTogether = 16;
+
+/// The largest magnitude of each of up to kGroupsTogether groups, NaN for a group that holds NaN or Inf: a vector per
+/// group, turned so that groups lie side by side and nothing is reduced within a vector.
+inline void group_magnitudes(const float* x, std::int64_t groups, float* largest) {
+  alignas(64) float rows[kGroupsTogether * 16];
+  alignas(64) std::uint32_t turned[16 * kGroupsTogether];
+  const std::byte* pointers[kGroupsTogether];
+  for (std::int64_t g = 0; g < kGroupsTogether; ++g) {
+    pointers[g] = reinterpret_cast<const std::byte*>(rows + std::min(g, groups - 1) * 16);
+    if (g >= groups) continue;
+    for (int lane = 0; lane < 16; lane += kLanes) {
+      const Vec first = load(x + g * kActivationGroup + lane);
+      const Vec second = load(x + g * kActivationGroup + 16 + lane);
+      const Vec magnitude = at_least(at_least(first, sub(zero(), first)), at_least(second, sub(zero(), second)));
+      // x - x is 0 for finite numbers and NaN otherwise.
+      store(rows + g * 16 + lane, add(magnitude, add(sub(first, first), sub(second, second))));
+    }
+  }
+  for (int word = 0; word < 16; word += kTransposeWords) transpose_block(pointers, word * 4, turned + word * 16);
+  for (int lane = 0; lane < kGroupsTogether; lane += kLanes) {
+    Vec highest = zero();
+    Vec difference = zero();
+    for (int word = 0; word < 16; ++word) {
+      const Vec value = load_words(turned + word * kGroupsTogether + lane);
+      highest = at_least(highest, value);
+      difference = add(difference, sub(value, value));
+    }
+    store(largest + lane, add(highest, difference));
+  }
+}
+
+/// Writes the bytes of one group and adds them up, half by half.
+inline void quantise_group(const float* x, float scale, std::int8_t* bytes, Vec* sums) {
+  if (!(scale > 0)) {  // 0 or NaN
+    std::memset(bytes, 0, kActivationGroup);
+    return;
+  }
+  const Vec divisor = set1(scale);
+  for (int from = 0; from < kActivationGroup; from += kLanes) {
+    const IntVec rounded = round_to_int(div(load(x + from), divisor));
+    store_low_bytes(reinterpret_cast<std::uint8_t*>(bytes + from), rounded);
+    sums[from / 16] = add(sums[from / 16], to_float(rounded));
+  }
+}
+
 /// What ByteActivations holds of `count` numbers, a multiple of 32.
 inline void quantise_activations(const float* x, std::int64_t count, std::int8_t* bytes, std::int8_t* paired,
                                  std::int8_t* quartered, float* scales, float* sums, float* sums_of_groups) {
-  constexpr int vectors = 16 / kLanes;  // of half a group
-  for (std::int64_t at = 0; at < count; at += kActivationGroup) {
-    const float largest = largest_magnitude(x + at, kActivationGroup);
-    const bool finite = largest <= std::numeric_limits<float>::max();
-    const float scale = finite ? largest / 127.0F : std::numeric_limits<float>::quiet_NaN();
-    const bool any = finite && scale > 0;
-    const Vec divisor = set1(scale);
-    scales[at / kActivationGroup] = scale;
-    for (int half = 0; half < 2; ++half) {
-      Vec sum = zero();
-      for (int v = 0; v < vectors; ++v) {
-        const std::int64_t from = at + half * 16 + v * kLanes;
-        const IntVec rounded = any ? round_to_int(div(load(x + from), divisor)) : set1_int(0);
-        store_low_bytes(reinterpret_cast<std::uint8_t*>(bytes + from), rounded);
-        sum = add(sum, to_float(rounded));
-      }
-      sums[at / 16 + half] = scale * reduce_add(sum);
+  const std::int64_t groups = count / kActivationGroup;
+  alignas(64) float largest[kGroupsTogether];
+  for (std::int64_t first = 0; first < groups; first += 2) {
+    if (first % kGroupsTogether == 0) {
+      group_magnitudes(x + first * kActivationGroup, std::min(kGroupsTogether, groups - first), largest);
     }
-    sums_of_groups[at / 32] = sums[at / 16] + sums[at / 16 + 1];
-    for (int half = 0; half < 2; ++half) {
-      const std::int64_t group = at / kActivationGroup;
-      std::memcpy(paired + at / 256 * 256 + group % 2 * 128 + half * 64 + group % 8 / 2 * 16, bytes + at + half * 16,
-                  16);
-      std::memcpy(quartered + at / 128 * 128 + half * 64 + group % 4 * 16, bytes + at + half * 16, 16);
+    const std::int64_t pair = std::min<std::int64_t>(2, groups - first);
+    Vec halves[4]{zero(), zero(), zero(), zero()};
+    for (std::int64_t g = first; g < first + pair; ++g) {
+      scales[g] = largest[g % kGroupsTogether] / 127.0F;
+      quantise_group(x + g * kActivationGroup, scales[g], bytes + g * kActivationGroup, halves + (g - first) * 2);
+    }
+    float totals[4];
+    reduce_add4(halves, totals);
+    for (std::int64_t g = first; g < first + pair; ++g) {
+      const std::int8_t* own = bytes + g * kActivationGroup;
+      for (std::int64_t half = 0; half < 2; ++half) {
+        sums[g * 2 + half] = scales[g] * totals[(g - first) * 2 + half];
+        std::memcpy(paired + g / 8 * 256 + g % 2 * 128 + half * 64 + g % 8 / 2 * 16, own + half * 16, 16);
+        std::memcpy(quartered + g / 4 * 128 + half * 64 + g % 4 * 16, own + half * 16, 16);
+      }
+      sums_of_groups[g] = sums[g * 2] + sums[g * 2 + 1];
     }
   }
 }

@@ -40,11 +40,14 @@ constexpr bool kShadow = true;
 constexpr bool kShadow = false;
 #endif
 
-/// Steps of a product between two steps of what runs in its shadow.
+/// Steps of a product between two steps of what runs in its shadow: often enough for the exponentials of a stage, which
+/// pairs, with half the steps of floats, need twice as often.
 #if defined(TESSERA_EMULATE_AVX512)
+template <class Product>
 constexpr int kShadowSteps = 1;  // eight copies of every emulated product take the compiler minutes
 #else
-constexpr int kShadowSteps = 8;
+template <class Product>
+constexpr int kShadowSteps = Product::keys_per_word == 1 ? 8 : 4;
 #endif
 
 template <class Product, int rows, int panels>
@@ -70,9 +73,9 @@ template <class Product, int rows, int panels, class Shadow>
                                                    const std::uint32_t* const (&b)[panels], std::int64_t steps,
                                                    [[maybe_unused]] Shadow& shadow) {
   std::int64_t step = 0;
-  for (; step + kShadowSteps <= steps; step += kShadowSteps) {
+  for (; step + kShadowSteps<Product> <= steps; step += kShadowSteps<Product>) {
 #pragma GCC unroll 8
-    for (int s = 0; s < kShadowSteps; ++s) multiply_step<Product, rows, panels>(acc, a, b, step + s);
+    for (int s = 0; s < kShadowSteps<Product>; ++s) multiply_step<Product, rows, panels>(acc, a, b, step + s);
     if constexpr (kShadow) shadow.step();
   }
   for (int rest = static_cast<int>(steps - step); rest > 0; --rest, ++step) {

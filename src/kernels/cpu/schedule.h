@@ -15,8 +15,9 @@ inline TileShape shape_of_call(const Call& call, const LevelKernels& level) {
   return tile_shape_of(call.problem(), call.inputs.k.dtype, pairs);
 }
 
-/// Where the scale goes. Float products take it into the query. Pair products keep bf16 queries exact and take only
-/// the sign there, since the row maximum is found on raw products and needs a positive factor after it.
+/// Where the scale goes. Float products take it into the query, and log2(e) with it where nothing looks at a score
+/// before its exponential. Pair products keep bf16 queries exact and take only the sign there, since the row maximum is
+/// found on raw products and needs a positive factor after it. Modified scores become exponents of 2 as they are made.
 inline ScoreRule score_rule_of(const Call& call, const TileShape& shape) {
   constexpr float log2e = 1.4426950409F;
   bool derived_weights = false;
@@ -24,11 +25,12 @@ inline ScoreRule score_rule_of(const Call& call, const TileShape& shape) {
   const float scale = call.problem().softmax_scale();
   ScoreRule rule{};
   rule.modified = call.inputs.modifiers.changes_scores() || derived_weights;
-  const bool into_query = !shape.pair_product || scale == 0;
-  rule.query_factor = into_query ? scale : std::copysign(1.0F, scale);
-  rule.to_natural = into_query ? 1.0F : std::fabs(scale);
   rule.weights = call.inputs.modifiers.weights;
-  rule.to_log2 = rule.modified ? log2e : rule.to_natural * log2e;
+  const bool into_query = !shape.pair_product || scale == 0;
+  rule.query_factor = into_query ? (rule.modified ? scale : scale * log2e) : std::copysign(1.0F, scale);
+  rule.to_natural = into_query ? 1.0F : std::fabs(scale);
+  rule.from_natural = rule.weights == RowWeights::softmax ? log2e : 1.0F;
+  rule.to_log2 = rule.modified || into_query ? 1.0F : std::fabs(scale) * log2e;
   return rule;
 }
 

@@ -5,9 +5,14 @@
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
+/// A score relative to the maximum of its row, as an exponent of 2: what scores of float products are (score_rule_of).
+inline Vec exponent_of(Vec score, Vec /*to_log2*/, Vec shift, FloatProduct /*unused*/) {
+  return add(score, shift);
+}
+
 /// 2^x as exact as the probabilities of a product are kept.
 inline Vec probability_of(Vec x, FloatProduct /*unused*/) {
-  return exp2(x);
+  return exp2_beside_product(x);
 }
 
 inline void store_probabilities(std::byte* to, Vec first, Vec second, FloatProduct /*unused*/) {
@@ -16,6 +21,10 @@ inline void store_probabilities(std::byte* to, Vec first, Vec second, FloatProdu
 }
 
 #if defined(TESSERA_LEVEL_BF16)
+inline Vec exponent_of(Vec score, Vec to_log2, Vec shift, PairProduct /*unused*/) {
+  return fma(score, to_log2, shift);
+}
+
 inline Vec probability_of(Vec x, PairProduct /*unused*/) {
   return exp2_for_bf16(x);
 }
@@ -58,8 +67,9 @@ inline void ready_row(const ScoreRule& rule, const TileShape& shape, TileScratch
   if (scratch.maximum[row] == kMinusInfinity) raise_maximum(rule, shape, scratch, row, count);
 }
 
-/// Scores of rows [begin, end), made ready before, -> probabilities, two vectors of columns per step.
-template <class Product>
+/// Scores of rows [begin, end), made ready before, -> probabilities, two vectors of columns per step. `Product` will
+/// read the probabilities, `Scores` has made the scores.
+template <class Product, class Scores = Product>
 class SoftmaxStream {
  public:
   SoftmaxStream(const ScoreRule& rule, const TileShape& shape, TileScratch& scratch, std::int64_t begin,
@@ -73,8 +83,8 @@ class SoftmaxStream {
     if (row_ == end_) return;
     const Vec shift = set1(*shift_);
     const Vec factor = set1(rule_.to_log2);
-    const Vec first = probability_of(fma(load(from_), factor, shift), Product{});
-    const Vec second = probability_of(fma(load(from_ + kLanes), factor, shift), Product{});
+    const Vec first = probability_of(exponent_of(load(from_), factor, shift, Scores{}), Product{});
+    const Vec second = probability_of(exponent_of(load(from_ + kLanes), factor, shift, Scores{}), Product{});
     store(sums_, add(load(sums_), add(first, second)));
     store_probabilities(to_, first, second, Product{});
     from_ += 2 * kLanes;
@@ -166,9 +176,9 @@ inline void weigh_row(const Call& call, const ScoreRule& rule, const TileJob& jo
 }
 
 /// Softmax of rows [begin, end) over `count` columns, on its own.
-template <class Product>
+template <class Product, class Scores>
 inline void softmax_rows(const ScoreRule& rule, const TileShape& shape, TileScratch& scratch, std::int64_t begin,
                          std::int64_t end, std::int64_t count) {
   for (std::int64_t row = begin; row < end; ++row) ready_row(rule, shape, scratch, row, count);
-  SoftmaxStream<Product>(rule, shape, scratch, begin, end, count).finish();
+  SoftmaxStream<Product, Scores>(rule, shape, scratch, begin, end, count).finish();
 }

@@ -303,7 +303,9 @@ inline void process_decode_block(const Call& call, const TileShape& shape, const
     if (call.outputs.scores.data != nullptr) dump_scores(call, rule, job, scratch, row);
   }
   if (rule.weights == RowWeights::softmax) {
-    softmax_rows<FloatProduct>(rule, shape, scratch, 0, rows, columns);
+    with_product(shape, [&](auto scores) {
+      softmax_rows<FloatProduct, decltype(scores)>(rule, shape, scratch, 0, rows, columns);
+    });
   } else {
     for (std::int64_t row = 0; row < rows; ++row) weigh_row<FloatProduct>(call, rule, job, scratch, row, columns);
   }

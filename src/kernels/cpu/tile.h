@@ -126,7 +126,8 @@ struct TileScratch {
 struct ScoreRule {
   float query_factor;  ///< multiplies q before the product (float products) or is +-1 (pair products)
   float to_natural;    ///< raw product -> natural-unit score, when modifiers look at scores
-  float to_log2;       ///< raw or modified score -> exponent of 2
+  float from_natural;  ///< natural-unit score -> modified score: an exponent of 2, but for weights that are no softmax
+  float to_log2;       ///< raw or modified score -> exponent of 2; 1 but for pair products that nothing modifies
   bool modified;       ///< modifiers or log-weights change scores
   RowWeights weights;  ///< others than softmax imply `modified`; their rows keep the maximum 0
   /// The maximum of a row that has seen no key.

@@ -55,6 +55,25 @@ inline Vec fraction_of(Vec x, Vec& whole) {
 inline Vec times_two_to(Vec x, Vec whole) {
   return _mm512_scalef_ps(x, whole);
 }
+/// x = multiple + fraction, a multiple of 1 / roots and a fraction of half that at most, roots being 16 or 32; root_of:
+/// roots times the multiple, modulo roots, in the low bits, which are what look_up reads of an index. times_two_to
+/// takes a multiple as rounded down.
+template <int roots>
+inline Vec fraction_of_root(Vec x, Vec& multiple) {
+  const Vec fraction = _mm512_reduce_ps(x, (roots == 16 ? 4 : 5) << 4 | _MM_FROUND_TO_NEAREST_INT);
+  multiple = _mm512_sub_ps(x, fraction);
+  return fraction;
+}
+template <int roots>
+inline IntVec root_of(Vec multiple) {
+  constexpr float last_bit_worth_one = 12582912.0F;  // 1.5 * 2^23
+  return _mm512_castps_si512(_mm512_add_ps(multiple, _mm512_set1_ps(last_bit_worth_one / roots)));
+}
+template <int roots>
+inline Vec look_up(const float* table, IntVec index) {
+  if constexpr (roots == 16) return _mm512_permutexvar_ps(index, _mm512_load_ps(table));
+  return _mm512_permutex2var_ps(_mm512_load_ps(table), index, _mm512_load_ps(table + 16));
+}
 inline float reduce_max(Vec x) {
   return _mm512_reduce_max_ps(x);
 }
