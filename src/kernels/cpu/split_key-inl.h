@@ -2,8 +2,15 @@
 // with the rows of a GQA group sharing every load. Included once per level.
 
 constexpr std::int64_t kDecodeKeys = 64;  // keys of a block: their rows stay in L1 between scores and output
+/// Rows that share the loads of a key and their widening to floats: as many as registers hold sums of, with two keys at
+/// a time, or four where pairs are multiplied.
+#if defined(TESSERA_LEVEL_AVX512)
+constexpr int kDecodeRows = 8;
+#else
 constexpr int kDecodeRows = 4;
-/// Rows are asked for this long before they are read: bytes of consecutive key rows, keys of a list.
+#endif
+constexpr int kDecodePairRows = 4;
+/// Rows are asked for this long before they are read: bytes of consecutive key rows at most, keys of a list.
 constexpr std::int64_t kRunAhead = std::int64_t{64} << 10;
 constexpr std::int64_t kListAhead = 64;
 
@@ -15,6 +22,13 @@ struct DecodeBlock {
   std::int64_t ahead_v[kBlockGroups];
   std::int64_t count = 0;
 };
+
+/// Keys of a run of `keys` that lie between the one that is read and the one that is asked for: of a short run most
+/// keys would be read before anybody had asked for them.
+inline std::int64_t keys_ahead(const TileShape& shape, std::int64_t keys) {
+  const std::int64_t most = kRunAhead / (shape.head_dim * static_cast<std::int64_t>(size_of(shape.dtype)));
+  return std::min(most, std::max(kDecodeKeys, keys / 8));
+}
 
 /// Numbers per step: rows are read two vectors at a time.
 constexpr std::int64_t kPair = 2 * kLanes;
@@ -136,22 +150,24 @@ inline void decode_scores(const TileShape& shape, const std::uint32_t* const* q_
   for (std::int64_t key = 0; key < block.count; key += 2) {
     const std::byte* k0 = block.k[key];
     const std::byte* k1 = block.k[std::min(key + 1, block.count - 1)];
-    Vec acc0[4];
-    Vec acc1[4];
-    for (int r = 0; r < 4; ++r) acc0[r] = acc1[r] = zero();
+    constexpr int fours = (rows + 3) / 4;
+    Vec acc0[fours][4];
+    Vec acc1[fours][4];
+#pragma GCC unroll 8
+    for (int r = 0; r < 4 * fours; ++r) acc0[r / 4][r % 4] = acc1[r / 4][r % 4] = zero();
     const auto multiply = [&](const std::byte* first, const std::byte* second, std::int64_t d, const auto& q_at) {
       Vec x0[2];
       Vec x1[2];
       load_storage_pair<dtype>(first, d, x0[0], x0[1]);
       load_storage_pair<dtype>(second, d, x1[0], x1[1]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
         const float* q = q_at(r);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           const Vec factor = load(q + half * kLanes);
-          acc0[r] = fma(factor, x0[half], acc0[r]);
-          acc1[r] = fma(factor, x1[half], acc1[r]);
+          acc0[r / 4][r % 4] = fma(factor, x0[half], acc0[r / 4][r % 4]);
+          acc1[r / 4][r % 4] = fma(factor, x1[half], acc1[r / 4][r % 4]);
         }
       }
     };
@@ -164,11 +180,14 @@ inline void decode_scores(const TileShape& shape, const std::uint32_t* const* q_
       std::memcpy(k_tail[1], k1 + whole * element, tail_bytes);
       multiply(k_tail[0], k_tail[1], 0, [&](int r) { return q_tail[r]; });
     }
-    float dot0[4];
-    float dot1[4];
-    reduce_add4(acc0, dot0);
-    reduce_add4(acc1, dot1);
-#pragma GCC unroll 4
+    float dot0[4 * fours];
+    float dot1[4 * fours];
+#pragma GCC unroll 2
+    for (int four = 0; four < fours; ++four) {
+      reduce_add4(acc0[four], dot0 + 4 * four);
+      reduce_add4(acc1[four], dot1 + 4 * four);
+    }
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       scores[r * kBlockKeys + key] = dot0[r];
       scores[r * kBlockKeys + key + 1] = dot1[r];
@@ -185,7 +204,7 @@ inline void decode_output(const TileShape& shape, const DecodeBlock& block, cons
   const std::int64_t whole = shape.value_dim / kPair * kPair;
   for (std::int64_t c = 0; c < whole; c += kPair) {
     Vec acc[rows][2];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       acc[r][0] = load(output[r] + c);
       acc[r][1] = load(output[r] + c + kLanes);
@@ -194,14 +213,14 @@ inline void decode_output(const TileShape& shape, const DecodeBlock& block, cons
       Vec v[2];
       load_storage_pair<dtype>(block.v[key], c, v[0], v[1]);
       walk.ask_for_lines(step_bytes >= 64 ? step_bytes / 64 : key % 2);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
         const Vec p = set1(probabilities[r * kBlockKeys + key]);
         acc[r][0] = fma(p, v[0], acc[r][0]);
         acc[r][1] = fma(p, v[1], acc[r][1]);
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       store(output[r] + c, acc[r][0]);
       store(output[r] + c + kLanes, acc[r][1]);
@@ -274,23 +293,32 @@ inline void dump_scores(const Call& call, const ScoreRule& rule, const TileJob& 
   }
 }
 
-inline void process_decode_block(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
-                                 TileScratch& scratch, DecodeBlock& block, std::int64_t rows) {
-  if (block.count == 0) return;
+inline void decode_all_scores(const TileShape& shape, const DecodeBlock& block, const TileScratch& scratch,
+                              std::int64_t rows) {
+#if defined(TESSERA_LEVEL_BF16)
+  if (shape.pair_product) {
+    for (std::int64_t first = 0; first < rows; first += kDecodePairRows) {
+      with_count<kDecodePairRows>(std::min<std::int64_t>(kDecodePairRows, rows - first), [&](auto count) {
+        decode_scores_of_pairs<count()>(shape, scratch.q_rows + first, block, scratch.scores + first * kBlockKeys);
+      });
+    }
+    return;
+  }
+#endif
   with_dtype(shape.dtype, [&](auto dtype) {
     for (std::int64_t first = 0; first < rows; first += kDecodeRows) {
       with_count<kDecodeRows>(std::min<std::int64_t>(kDecodeRows, rows - first), [&](auto count) {
-#if defined(TESSERA_LEVEL_BF16)
-        if (shape.pair_product) {
-          decode_scores_of_pairs<count()>(shape, scratch.q_rows + first, block, scratch.scores + first * kBlockKeys);
-          return;
-        }
-#endif
         decode_scores<decltype(dtype)::value, count()>(shape, scratch.q_rows + first, block,
                                                        scratch.scores + first * kBlockKeys);
       });
     }
   });
+}
+
+inline void process_decode_block(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
+                                 TileScratch& scratch, DecodeBlock& block, std::int64_t rows) {
+  if (block.count == 0) return;
+  decode_all_scores(shape, block, scratch, rows);
   const std::int64_t columns = (block.count + kLanes - 1) / kLanes * kLanes;
   for (std::int64_t row = 0; row < rows; ++row) {
     if (rule.modified) modify_row(call, rule, job, scratch, row);
@@ -341,7 +369,7 @@ inline void add_decode_group(const Call& call, const TileShape& shape, const Til
   const std::int32_t g = scratch.group_count;
   KeyGroup& group = scratch.groups[g];
   std::int32_t* keys = scratch.keys + g * kGroupKeys;
-  const std::int64_t later = first + kRunAhead / (shape.head_dim * static_cast<std::int64_t>(size_of(shape.dtype)));
+  const std::int64_t later = first + keys_ahead(shape, range.count);
   const bool known = !scattered && later < range.count;
   block.ahead_k[g] = known ? source.k.row(range.begin + later) - source.k.row(range.begin + first) : 0;
   block.ahead_v[g] = known ? source.v.row(range.begin + later) - source.v.row(range.begin + first) : 0;
@@ -392,6 +420,15 @@ inline void add_decode_group(const Call& call, const TileShape& shape, const Til
   block.count += count;
 }
 
+/// The keys of a run that no key before them asks for.
+inline void ask_for_first_keys(const TileShape& shape, const Plan::KeyRange& range, const PackedSource& source) {
+  struct Run {
+    std::int64_t begin;
+    std::int64_t operator[](std::int64_t i) const { return begin + i; }
+  };
+  prefetch_listed(shape, source, Run{range.begin}, 0, std::min(range.count, keys_ahead(shape, range.count)));
+}
+
 void attend_piece(const Call& call, const TileShape& shape, const ScoreRule& rule, const TileJob& job,
                   const SplitPiece& piece, const PackedSource* sources, TileScratch& scratch, float* maximum,
                   float* sum, float* output) {
@@ -413,6 +450,8 @@ void attend_piece(const Call& call, const TileShape& shape, const ScoreRule& rul
     const std::int64_t end = std::min(plan.keys_of(entry, job.block).count, offset + remaining);
     const PackedSource& source = sources[entry.source];
     const std::int64_t asked_from = offset;
+    if (entry.kind != EntryKind::gather && offset == 0)
+      ask_for_first_keys(shape, plan.keys_of(entry, job.block), source);
     while (offset < end) {
       // Groups start on multiples of 16 columns: a short group closes the block.
       const std::int64_t count = std::min(kGroupKeys, end - offset);
