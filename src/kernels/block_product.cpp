@@ -20,44 +20,86 @@ constexpr std::int64_t kMostItemBytes = 1 << 19;
 /// Matrices below this are read before a second thread has started.
 constexpr std::int64_t kSmallBytes = 1 << 16;
 
+/// What the products read of activations. The less is written, the less has to travel between the caches of the
+/// threads: on processors whose cores share no cache, that is what rounding costs.
+struct ActivationForms {
+  bool bytes = false;
+  bool paired = false;
+  bool quartered = false;
+  bool sums = false;
+};
+
+ActivationForms forms_of(std::span<const BlockProduct> products, std::int64_t rows) {
+  ActivationForms forms;
+  for (const BlockProduct& product : products) {
+    switch (product.weights.type) {
+      case GgmlType::q4_k:
+      case GgmlType::q5_k:
+        (rows == 1 ? forms.paired : forms.bytes) = true;
+        break;
+      case GgmlType::q4_0:
+      case GgmlType::q4_1:
+      case GgmlType::q5_0:
+      case GgmlType::q5_1:
+        (rows == 1 ? forms.quartered : forms.bytes) = true;
+        break;
+      case GgmlType::q8_0:
+        forms.bytes = true;
+        break;
+      default:  // scales of 16 numbers
+        forms.bytes = forms.sums = true;
+    }
+  }
+  return forms;
+}
+
 /// Rows as ByteActivations, each array at the start of a cache line.
 class Activations {
  public:
-  Activations(const ByteKernels& kernels, const float* x, std::int64_t rows, std::int64_t inputs) {
+  Activations(const ByteKernels& kernels, const float* x, std::int64_t rows, std::int64_t inputs,
+              const ActivationForms& forms) {
     const std::int64_t padded = (inputs + kBlockChunk - 1) / kBlockChunk * kBlockChunk;
-    // Three bytes and, in floats, two numbers of a group of 32 and one of 16 for every activation.
-    buffer_ = AlignedBuffer(static_cast<std::size_t>(rows * padded / 2 * 7));
-    auto* bytes = reinterpret_cast<std::int8_t*>(buffer_.data());
-    std::int8_t* paired = bytes + rows * padded;
-    std::int8_t* quartered = paired + rows * padded;
-    auto* scales = reinterpret_cast<float*>(quartered + rows * padded);
-    float* sums_of_groups = scales + rows * padded / kActivationGroup;
-    float* sums = sums_of_groups + rows * padded / kActivationGroup;
     const std::int64_t groups = inputs / kActivationGroup;
     const std::int64_t padded_groups = padded / kActivationGroup;
+    const std::int64_t arrangements = (forms.bytes ? 1 : 0) + (forms.paired ? 1 : 0) + (forms.quartered ? 1 : 0);
+    const std::int64_t floats = (forms.sums ? 4 : 2) * padded_groups;
+    buffer_ = AlignedBuffer(static_cast<std::size_t>(rows * (arrangements * padded + floats * 4)));
+    std::byte* free = buffer_.data();
+    const auto take = [&]<class T>(T*& array, bool wanted, std::int64_t count) {
+      array = wanted ? reinterpret_cast<T*>(free) : nullptr;
+      if (wanted) free += rows * count * static_cast<std::int64_t>(sizeof(T));
+    };
+    std::int8_t* bytes = nullptr;
+    std::int8_t* paired = nullptr;
+    std::int8_t* quartered = nullptr;
+    float* scales = nullptr;
+    float* sums_of_groups = nullptr;
+    float* sums = nullptr;
+    take(bytes, forms.bytes, padded);
+    take(paired, forms.paired, padded);
+    take(quartered, forms.quartered, padded);
+    take(scales, true, padded_groups);
+    take(sums_of_groups, true, padded_groups);
+    take(sums, forms.sums, 2 * padded_groups);
     for (std::int64_t r = 0; r < rows; ++r) {
-      const auto clear = [&](auto* row, std::int64_t first, std::int64_t last) {
-        std::fill(row + first, row + last, 0);
+      // The row of an array, cleared behind the last number.
+      const auto row_of = [&]<class T>(T* array, std::int64_t first, std::int64_t count) {
+        T* row = array == nullptr ? nullptr : array + r * count;
+        if (row != nullptr) std::fill(row + first, row + count, T{0});
+        return row;
       };
-      std::int8_t* own = bytes + r * padded;
-      std::int8_t* own_paired = paired + r * padded;
-      std::int8_t* own_quartered = quartered + r * padded;
-      float* own_scales = scales + r * padded_groups;
-      float* own_sums = sums + r * padded_groups * 2;
-      float* own_sums_of_groups = sums_of_groups + r * padded_groups;
-      clear(own, inputs, padded);
-      // The last numbers have places with zeros between them.
-      clear(own_paired, inputs / 256 * 256, padded);
-      clear(own_quartered, inputs / 256 * 256, padded);
-      clear(own_scales, groups, padded_groups);
-      clear(own_sums, 2 * groups, 2 * padded_groups);
-      clear(own_sums_of_groups, groups, padded_groups);
-      kernels.quantise_activations(x + r * inputs, inputs, own, own_paired, own_quartered, own_scales, own_sums,
-                                   own_sums_of_groups);
+      // The last numbers of an arrangement have places with zeros between them.
+      const std::int64_t whole = inputs / 256 * 256;
+      kernels.quantise_activations(x + r * inputs, inputs, row_of(bytes, inputs, padded), row_of(paired, whole, padded),
+                                   row_of(quartered, whole, padded), row_of(scales, groups, padded_groups),
+                                   row_of(sums, 2 * groups, 2 * padded_groups),
+                                   row_of(sums_of_groups, groups, padded_groups));
     }
     view_ = {rows, padded, bytes, paired, quartered, scales, sums, sums_of_groups};
   }
   const ByteActivations& view() const { return view_; }
+  /// Everything, to be asked for at once by a thread that is about to read it.
+  std::span<const std::byte> memory() const { return {buffer_.data(), buffer_.bytes()}; }
 
  private:
   AlignedBuffer buffer_;
@@ -136,10 +178,15 @@ void multiply_blocks(std::span<const BlockProduct> products, const float* x, std
   const int team = bytes < kSmallBytes ? 1 : thread_count(threads);
   const Shares shares(products, bytes, team);
   for (std::int64_t first = 0; first < rows; first += kBlockRows) {
-    const Activations activations(kernels, x + first * inputs, std::min(kBlockRows, rows - first), inputs);
+    const std::int64_t count = std::min(kBlockRows, rows - first);
+    const Activations activations(kernels, x + first * inputs, count, inputs, forms_of(products, count));
     std::vector<Progress> progress(static_cast<std::size_t>(team));
-    parallel_for(team, team, [&](std::int64_t own, int) {
-      shares.work(own, progress, [&](const Item& item) {
+    // A thread always has the same share: what the first one computes and then goes on with never leaves its caches,
+    // which matters most where gates are multiplied in place.
+    parallel_for(team, team, [&](std::int64_t, int thread) {
+      const std::span<const std::byte> shared = activations.memory();
+      for (std::size_t line = 0; line < shared.size(); line += 64) __builtin_prefetch(shared.data() + line);
+      shares.work(thread, progress, [&](const Item& item) {
         BlockRows part = item.product->weights;
         part.blocks += item.first * part.row_bytes;
         part.outputs = item.outputs;

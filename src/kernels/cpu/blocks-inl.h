@@ -663,21 +663,30 @@ inline void quantise_activations(const float* x, std::int64_t count, std::int8_t
       group_magnitudes(x + first * kActivationGroup, std::min(kGroupsTogether, groups - first), largest);
     }
     const std::int64_t pair = std::min<std::int64_t>(2, groups - first);
+    alignas(64) std::int8_t rounded[2 * kActivationGroup];
     Vec halves[4]{zero(), zero(), zero(), zero()};
-    for (std::int64_t g = first; g < first + pair; ++g) {
-      scales[g] = largest[g % kGroupsTogether] / 127.0F;
-      quantise_group(x + g * kActivationGroup, scales[g], bytes + g * kActivationGroup, halves + (g - first) * 2);
+    for (std::int64_t i = 0; i < pair; ++i) {
+      scales[first + i] = largest[(first + i) % kGroupsTogether] / 127.0F;
+      quantise_group(x + (first + i) * kActivationGroup, scales[first + i], rounded + i * kActivationGroup,
+                     halves + i * 2);
     }
     float totals[4];
     reduce_add4(halves, totals);
-    for (std::int64_t g = first; g < first + pair; ++g) {
-      const std::int8_t* own = bytes + g * kActivationGroup;
+    if (bytes != nullptr) {
+      std::memcpy(bytes + first * kActivationGroup, rounded, static_cast<std::size_t>(pair * kActivationGroup));
+    }
+    for (std::int64_t i = 0; i < pair; ++i) {
+      const std::int64_t g = first + i;
+      const float of_half[2]{scales[g] * totals[i * 2], scales[g] * totals[i * 2 + 1]};
+      sums_of_groups[g] = of_half[0] + of_half[1];
       for (std::int64_t half = 0; half < 2; ++half) {
-        sums[g * 2 + half] = scales[g] * totals[(g - first) * 2 + half];
-        std::memcpy(paired + g / 8 * 256 + g % 2 * 128 + half * 64 + g % 8 / 2 * 16, own + half * 16, 16);
-        std::memcpy(quartered + g / 4 * 128 + half * 64 + g % 4 * 16, own + half * 16, 16);
+        const std::int8_t* own = rounded + i * kActivationGroup + half * 16;
+        if (sums != nullptr) sums[g * 2 + half] = of_half[half];
+        if (paired != nullptr) {
+          std::memcpy(paired + g / 8 * 256 + g % 2 * 128 + half * 64 + g % 8 / 2 * 16, own, 16);
+        }
+        if (quartered != nullptr) std::memcpy(quartered + g / 4 * 128 + half * 64 + g % 4 * 16, own, 16);
       }
-      sums_of_groups[g] = sums[g * 2] + sums[g * 2 + 1];
     }
   }
 }

@@ -16,7 +16,8 @@ constexpr std::int64_t kActivationGroup = 32;
 constexpr std::int64_t kBlockRows = 8;
 
 /// Rows of activations as signed bytes: number = byte * scale of its group. Behind the last number all is 0. A group
-/// that holds NaN or Inf has the scale NaN.
+/// that holds NaN or Inf has the scale NaN. Arrays that no product reads are null: of the first three, one row is read
+/// as its types need it, several rows always as `bytes`.
 struct ByteActivations {
   std::int64_t rows;
   std::int64_t padded;       ///< numbers of a row, a multiple of kBlockChunk
@@ -27,7 +28,7 @@ struct ByteActivations {
   /// [rows][padded] the same: of every four groups the first halves, then the second ones.
   const std::int8_t* quartered;
   const float* scales;          ///< [rows][padded / 32]
-  const float* sums;            ///< [rows][padded / 16] of the numbers that the bytes stand for
+  const float* sums;            ///< [rows][padded / 16] of the numbers that the bytes stand for; for scales of 16
   const float* sums_of_groups;  ///< [rows][padded / 32] the same
 };
 

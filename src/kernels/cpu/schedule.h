@@ -2,7 +2,8 @@
 #pragma once
 
 #include <cmath>
-#include <vector>
+#include <new>
+#include <type_traits>
 
 #include "kernels/cpu/tile.h"
 #include "kernels/workspace.h"
@@ -34,24 +35,32 @@ inline ScoreRule score_rule_of(const Call& call, const TileShape& shape) {
   return rule;
 }
 
-/// One scratch per thread.
+/// One scratch per thread. Nothing but its pointers is written here: what a thread has in its caches from the call
+/// before stays there, which a step of decoding would otherwise spend longer on than on attention.
 class ThreadScratch {
  public:
   ThreadScratch(const Call& call, const TileShape& shape, bool with_queries)
-      : bytes_each_(scratch_bytes(shape, with_queries)),
-        memory_(call.workspace, bytes_each_ * static_cast<std::size_t>(call.threads)),
-        scratch_(static_cast<std::size_t>(call.threads)) {
-    for (std::size_t t = 0; t < scratch_.size(); ++t) {
-      place_scratch(shape, with_queries, memory_.data() + t * bytes_each_, scratch_[t]);
+      : bytes_each_(kOwnBytes + scratch_bytes(shape, with_queries)),
+        threads_(static_cast<std::size_t>(call.threads)),
+        memory_(call.workspace, bytes_each_ * threads_) {
+    for (std::size_t t = 0; t < threads_; ++t) {
+      std::byte* piece = memory_.data() + t * bytes_each_;
+      place_scratch(shape, with_queries, piece + kOwnBytes, *::new (piece) TileScratch);
     }
   }
-  TileScratch& of(int thread) { return scratch_[static_cast<std::size_t>(thread)]; }
-  std::size_t bytes() const { return scratch_.size() * (bytes_each_ + sizeof(TileScratch)); }
+  TileScratch& of(int thread) {
+    return *std::launder(
+        reinterpret_cast<TileScratch*>(memory_.data() + static_cast<std::size_t>(thread) * bytes_each_));
+  }
+  std::size_t bytes() const { return threads_ * bytes_each_; }
 
  private:
+  static constexpr std::size_t kOwnBytes = (sizeof(TileScratch) + 63) / 64 * 64;
+  static_assert(std::is_trivially_destructible_v<TileScratch>);
+
   std::size_t bytes_each_;
+  std::size_t threads_;
   BorrowedBuffer memory_;
-  std::vector<TileScratch> scratch_;
 };
 
 /// Query heads that share a plan row and a kv head.

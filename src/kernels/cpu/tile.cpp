@@ -71,6 +71,12 @@ std::size_t scratch_bytes(const TileShape& shape, bool with_queries) {
 
 void place_scratch(const TileShape& shape, bool with_queries, std::byte* memory, TileScratch& scratch) {
   carve(shape, with_queries, memory, scratch);
+  scratch.group_count = 0;
+  scratch.any_masked = false;
+  scratch.tile_peak = nullptr;
+  scratch.tile_peak_count = 0;
+  scratch.skipped_pairs = 0;
+  scratch.next_count = 0;
   std::fill_n(scratch.zero_row, 4 * std::max(shape.head_dim, shape.value_dim), std::byte{0});
 }
 

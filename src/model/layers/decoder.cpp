@@ -42,10 +42,11 @@ std::int64_t Decoder::scratch_bytes(const ModelConfig& config) {
 }
 
 void Decoder::release() {
-  for (std::vector<float>* buffer :
-       {&hidden_, &queries_, &attended_, &normed_, &projected_, &keys_, &values_, &rotations_}) {
+  for (std::vector<float>* buffer : {&hidden_, &queries_, &attended_, &normed_, &projected_, &keys_, &values_}) {
     std::vector<float>().swap(*buffer);  // assigning {} would keep the memory
   }
+  rotations_ = {};
+  local_rotations_ = {};
   feed_forward_.release();
   scratch_ = {};
 }
@@ -130,13 +131,20 @@ void Decoder::project_inputs(std::int64_t layer_index, LayerCache& cache, const 
 
 void Decoder::rotate(const Rope& rope, std::int64_t position, std::int64_t rows, const AttentionCall& call,
                      float* queries) {
-  rope.tables(position, rows, std::max(call.length, position + rows), rotations_);
+  Rotations& own = &rope == &local_rope_ ? local_rotations_ : rotations_;
+  const std::int64_t length = std::max(call.length, position + rows);
+  if (own.position != position || own.rows != rows || own.length != length) {
+    rope.tables(position, rows, length, own.tables);
+    own.position = position;
+    own.rows = rows;
+    own.length = length;
+  }
   constexpr std::int64_t rows_per_item = 32;
   parallel_for((rows + rows_per_item - 1) / rows_per_item, call.run.threads, [&](std::int64_t item, int) {
     const std::int64_t begin = item * rows_per_item;
     const std::int64_t end = std::min(rows, begin + rows_per_item);
     for (std::int64_t row = begin; row < end; ++row) {
-      const float* table = rotations_.data() + row * rope.dims();
+      const float* table = own.tables.data() + row * rope.dims();
       rope.rotate(queries + row * config_.q_heads * config_.head_dim, config_.q_heads, table);
       rope.rotate(keys_.data() + row * config_.kv_heads * config_.head_dim, config_.kv_heads, table);
     }

@@ -84,7 +84,16 @@ class Decoder {
   std::vector<float> projected_;  ///< [group][hidden]: what joins the residual stream
   std::vector<float> keys_;       ///< [group][kv_heads * head_dim]
   std::vector<float> values_;     ///< [group][kv_heads * head_dim]
-  std::vector<float> rotations_;  ///< [group][rotated dimensions]
+
+  /// The rotations of a group of rows, the same in every layer.
+  struct Rotations {
+    std::int64_t position = 0;
+    std::int64_t rows = 0;
+    std::int64_t length = 0;
+    std::vector<float> tables;  ///< [group][rotated dimensions]
+  };
+  Rotations rotations_;
+  Rotations local_rotations_;
 };
 
 }  // namespace tessera::model
