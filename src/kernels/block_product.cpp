@@ -98,8 +98,6 @@ class Activations {
     view_ = {rows, padded, bytes, paired, quartered, scales, sums, sums_of_groups};
   }
   const ByteActivations& view() const { return view_; }
-  /// Everything, to be asked for at once by a thread that is about to read it.
-  std::span<const std::byte> memory() const { return {buffer_.data(), buffer_.bytes()}; }
 
  private:
   AlignedBuffer buffer_;
@@ -179,13 +177,12 @@ void multiply_blocks(std::span<const BlockProduct> products, const float* x, std
   const Shares shares(products, bytes, team);
   for (std::int64_t first = 0; first < rows; first += kBlockRows) {
     const std::int64_t count = std::min(kBlockRows, rows - first);
-    const Activations activations(kernels, x + first * inputs, count, inputs, forms_of(products, count));
+    const ActivationForms forms = forms_of(products, count);
     std::vector<Progress> progress(static_cast<std::size_t>(team));
-    // A thread always has the same share: what the first one computes and then goes on with never leaves its caches,
-    // which matters most where gates are multiplied in place.
+    // A thread rounds for itself and always has the same share, so that little of what threads write changes hands:
+    // where cores share no cache, a line that does takes as long as 128 bytes of weights and more.
     parallel_for(team, team, [&](std::int64_t, int thread) {
-      const std::span<const std::byte> shared = activations.memory();
-      for (std::size_t line = 0; line < shared.size(); line += 64) __builtin_prefetch(shared.data() + line);
+      const Activations activations(kernels, x + first * inputs, count, inputs, forms);
       shares.work(thread, progress, [&](const Item& item) {
         BlockRows part = item.product->weights;
         part.blocks += item.first * part.row_bytes;
