@@ -40,12 +40,12 @@ inline ScoreRule score_rule_of(const Call& call, const TileShape& shape) {
 class ThreadScratch {
  public:
   ThreadScratch(const Call& call, const TileShape& shape, bool with_queries)
-      : bytes_each_(kOwnBytes + scratch_bytes(shape, with_queries)),
+      : bytes_each_(own_bytes + scratch_bytes(shape, with_queries)),
         threads_(static_cast<std::size_t>(call.threads)),
         memory_(call.workspace, bytes_each_ * threads_) {
     for (std::size_t t = 0; t < threads_; ++t) {
       std::byte* piece = memory_.data() + t * bytes_each_;
-      place_scratch(shape, with_queries, piece + kOwnBytes, *::new (piece) TileScratch);
+      place_scratch(shape, with_queries, piece + own_bytes, *::new (piece) TileScratch);
     }
   }
   TileScratch& of(int thread) {
@@ -55,7 +55,7 @@ class ThreadScratch {
   std::size_t bytes() const { return threads_ * bytes_each_; }
 
  private:
-  static constexpr std::size_t kOwnBytes = (sizeof(TileScratch) + 63) / 64 * 64;
+  static constexpr std::size_t own_bytes = (sizeof(TileScratch) + 63) / 64 * 64;
   static_assert(std::is_trivially_destructible_v<TileScratch>);
 
   std::size_t bytes_each_;
