@@ -20,8 +20,7 @@ constexpr std::int64_t kMostItemBytes = 1 << 19;
 /// Matrices below this are read before a second thread has started.
 constexpr std::int64_t kSmallBytes = 1 << 16;
 
-/// What the products read of activations. The less is written, the less has to travel between the caches of the
-/// threads: on processors whose cores share no cache, that is what rounding costs.
+/// What the products read of activations; nothing else is written.
 struct ActivationForms {
   bool bytes = false;
   bool paired = false;

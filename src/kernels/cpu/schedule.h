@@ -35,7 +35,7 @@ inline ScoreRule score_rule_of(const Call& call, const TileShape& shape) {
   return rule;
 }
 
-/// One scratch per thread. Nothing but its pointers is written here: what a thread has in its caches from the call
+/// One scratch per thread. Hardly more than its pointers is written here: what a thread has in its caches from the call
 /// before stays there, which a step of decoding would otherwise spend longer on than on attention.
 class ThreadScratch {
  public:

@@ -450,8 +450,9 @@ void attend_piece(const Call& call, const TileShape& shape, const ScoreRule& rul
     const std::int64_t end = std::min(plan.keys_of(entry, job.block).count, offset + remaining);
     const PackedSource& source = sources[entry.source];
     const std::int64_t asked_from = offset;
-    if (entry.kind != EntryKind::gather && offset == 0)
+    if (entry.kind != EntryKind::gather && offset == 0) {
       ask_for_first_keys(shape, plan.keys_of(entry, job.block), source);
+    }
     while (offset < end) {
       // Groups start on multiples of 16 columns: a short group closes the block.
       const std::int64_t count = std::min(kGroupKeys, end - offset);

@@ -138,7 +138,7 @@ struct ScoreRule {
 
 /// Bytes of scratch that TileScratch points into.
 std::size_t scratch_bytes(const TileShape& shape, bool with_queries);
-/// Sets the pointers and counts and nothing else; `memory` is 64-byte aligned and holds scratch_bytes.
+/// Sets pointers, counts and the row of zeros, nothing else; `memory` is 64-byte aligned and holds scratch_bytes.
 void place_scratch(const TileShape& shape, bool with_queries, std::byte* memory, TileScratch& scratch);
 
 /// One (sequence, kv head or q head) of a key-major call: a range of queries with all keys they selected.

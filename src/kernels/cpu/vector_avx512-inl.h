@@ -71,8 +71,11 @@ inline IntVec root_of(Vec multiple) {
 }
 template <int roots>
 inline Vec look_up(const float* table, IntVec index) {
-  if constexpr (roots == 16) return _mm512_permutexvar_ps(index, _mm512_load_ps(table));
-  return _mm512_permutex2var_ps(_mm512_load_ps(table), index, _mm512_load_ps(table + 16));
+  if constexpr (roots == 16) {
+    return _mm512_permutexvar_ps(index, _mm512_load_ps(table));
+  } else {
+    return _mm512_permutex2var_ps(_mm512_load_ps(table), index, _mm512_load_ps(table + 16));
+  }
 }
 inline float reduce_max(Vec x) {
   return _mm512_reduce_max_ps(x);
