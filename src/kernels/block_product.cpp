@@ -61,7 +61,7 @@ class Activations {
     const std::int64_t groups = inputs / kActivationGroup;
     const std::int64_t padded_groups = padded / kActivationGroup;
     const std::int64_t arrangements = (forms.bytes ? 1 : 0) + (forms.paired ? 1 : 0) + (forms.quartered ? 1 : 0);
-    const std::int64_t floats = (forms.sums ? 4 : 2) * padded_groups;
+    const std::int64_t floats = (2 + (forms.sums ? 2 : 0) + (forms.paired ? 2 : 0)) * padded_groups;
     buffer_ = AlignedBuffer(static_cast<std::size_t>(rows * (arrangements * padded + floats * 4)));
     std::byte* free = buffer_.data();
     const auto take = [&]<class T>(T*& array, bool wanted, std::int64_t count) {
@@ -74,12 +74,14 @@ class Activations {
     float* scales = nullptr;
     float* sums_of_groups = nullptr;
     float* sums = nullptr;
+    float* group_weights = nullptr;
     take(bytes, forms.bytes, padded);
     take(paired, forms.paired, padded);
     take(quartered, forms.quartered, padded);
     take(scales, true, padded_groups);
     take(sums_of_groups, true, padded_groups);
     take(sums, forms.sums, 2 * padded_groups);
+    take(group_weights, forms.paired, 2 * padded_groups);
     for (std::int64_t r = 0; r < rows; ++r) {
       // The row of an array, cleared behind the last number.
       const auto row_of = [&]<class T>(T* array, std::int64_t first, std::int64_t count) {
@@ -92,9 +94,10 @@ class Activations {
       kernels.quantise_activations(x + r * inputs, inputs, row_of(bytes, inputs, padded), row_of(paired, whole, padded),
                                    row_of(quartered, whole, padded), row_of(scales, groups, padded_groups),
                                    row_of(sums, 2 * groups, 2 * padded_groups),
-                                   row_of(sums_of_groups, groups, padded_groups));
+                                   row_of(sums_of_groups, groups, padded_groups),
+                                   row_of(group_weights, groups / 8 * 16, 2 * padded_groups));
     }
-    view_ = {rows, padded, bytes, paired, quartered, scales, sums, sums_of_groups};
+    view_ = {rows, padded, bytes, paired, quartered, scales, sums, sums_of_groups, group_weights};
   }
   const ByteActivations& view() const { return view_; }
 

@@ -29,9 +29,27 @@ inline float load_weight(const std::byte* p) {
   }
 }
 
+/// The sum of one output for one row of activations, over channels [0, whole): four sums hide the latency of an
+/// addition. The only stream of reads, on which the machine reads ahead by itself.
+template <DType dtype>
+inline Vec dot_one(const std::byte* weights, std::int64_t whole, const float* x) {
+  constexpr std::int64_t bytes = dtype == DType::f32 ? 4 : 2;
+  Vec sums[4]{zero(), zero(), zero(), zero()};
+  std::int64_t i = 0;
+  for (; i + 4 * kLanes <= whole; i += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const std::int64_t at = i + v * kLanes;
+      sums[v] = fma(load_weights<dtype>(weights + at * bytes), load(x + at), sums[v]);
+    }
+  }
+  for (; i < whole; i += kLanes) sums[0] = fma(load_weights<dtype>(weights + i * bytes), load(x + i), sums[0]);
+  return add(add(sums[0], sums[1]), add(sums[2], sums[3]));
+}
+
 /// Four outputs of `rows` rows at a time: enough sums to hide the latency of an addition. Rows of weights are too short
-/// for the machine to foresee them, so that the lines of the next four are asked for while these are multiplied, into
-/// L2.
+/// for the machine to foresee four of them at once, so that the lines of the next four are asked for while these are
+/// multiplied, into L2.
 template <DType dtype, int rows>
 [[gnu::noinline]] void dot_rows(const std::byte* weights, std::int64_t inputs, std::int64_t outputs, const float* x,
                                 float* y, std::int64_t y_stride) {
@@ -46,10 +64,11 @@ template <DType dtype, int rows>
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-      for (int o = 0; o < 4; ++o) sums[r][o] = zero();
+      for (int o = 0; o < 4; ++o) sums[r][o] = rows == 1 ? dot_one<dtype>(w[o], whole, x) : zero();
     }
     const std::int64_t ahead = 4 * inputs * bytes;
-    for (std::int64_t i = 0; i < whole; i += kLanes) {
+    const std::int64_t left = rows == 1 ? 0 : whole;
+    for (std::int64_t i = 0; i < left; i += kLanes) {
       if (i * bytes % 64 == 0) {
 #pragma GCC unroll 4
         for (const std::byte* row : w) __builtin_prefetch(row + ahead + i * bytes, 0, 2);

@@ -63,7 +63,7 @@ std::vector<float> random_floats(std::int64_t count, std::mt19937& random) {
 
 struct Quantised {
   std::vector<std::int8_t> bytes, paired, quartered;
-  std::vector<float> scales, sums, sums_of_groups;
+  std::vector<float> scales, sums, sums_of_groups, group_weights;
   ByteActivations view;
 };
 Quantised quantised(const ByteKernels& table, const std::vector<float>& x, std::int64_t rows, std::int64_t inputs) {
@@ -75,10 +75,12 @@ Quantised quantised(const ByteKernels& table, const std::vector<float>& x, std::
   q.scales.resize(static_cast<std::size_t>(rows * padded / 32));
   q.sums.resize(static_cast<std::size_t>(rows * padded / 16));
   q.sums_of_groups.resize(static_cast<std::size_t>(rows * padded / 32));
+  q.group_weights.resize(static_cast<std::size_t>(rows * padded / 16));
   for (std::int64_t r = 0; r < rows; ++r) {
     table.quantise_activations(x.data() + r * inputs, inputs, q.bytes.data() + r * padded, q.paired.data() + r * padded,
                                q.quartered.data() + r * padded, q.scales.data() + r * padded / 32,
-                               q.sums.data() + r * padded / 16, q.sums_of_groups.data() + r * padded / 32);
+                               q.sums.data() + r * padded / 16, q.sums_of_groups.data() + r * padded / 32,
+                               q.group_weights.data() + r * padded / 16);
   }
   q.view = {rows,
             padded,
@@ -87,7 +89,8 @@ Quantised quantised(const ByteKernels& table, const std::vector<float>& x, std::
             q.quartered.data(),
             q.scales.data(),
             q.sums.data(),
-            q.sums_of_groups.data()};
+            q.sums_of_groups.data(),
+            q.group_weights.data()};
   return q;
 }
 

@@ -235,46 +235,51 @@ constexpr bool kWideBytes = false;
 /// Groups of 32 numbers that a vector of words holds.
 constexpr int kHalves = kLanes / 8;
 /// Rows of weights whose sums are reduced together.
-constexpr std::int64_t kRowsTogether = 4;
-/// How far ahead weights are asked for: memory is not waited for, and what lies behind the last row is not touched by
-/// asking.
+constexpr int kRowsTogether = 4;
+/// K types take about as long to unpack as to read, so their weights are asked for this far ahead; what lies behind the
+/// last row is not touched by asking. The others wait for memory anyway, and a machine that sees a single stream reads
+/// on by itself, faster than it is asked: requests have a shorter queue, in the first cache.
 constexpr std::int64_t kAhead = 8192;
 
-inline void ask_for(const std::uint8_t* p, std::int64_t bytes) {
-  for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, 2);
-}
 inline void prefetch_ahead(const std::uint8_t* p, std::int64_t bytes) {
-  ask_for(p + kAhead, bytes);
+  for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + kAhead + line, 0, 2);
 }
 
-/// dot(row, sums) for every row of weights, reduced in fours.
+/// y[o] = the sum of dot(row o) for every row of weights, reduced in fours. Rows are read one after another: memory
+/// gives a core most when all its reads are one stream.
 template <class Dot>
 inline void for_each_row(const BlockRows& weights, float* y, const Dot& dot) {
-  for (std::int64_t o = 0; o < weights.outputs; o += kRowsTogether) {
-    const std::int64_t rows = std::min(kRowsTogether, weights.outputs - o);
-    Vec sums[kRowsTogether]{zero(), zero(), zero(), zero()};
-    for (std::int64_t r = 0; r < rows; ++r) {
-      sums[r] = dot(reinterpret_cast<const std::uint8_t*>(weights.blocks + (o + r) * weights.row_bytes));
-    }
-    float results[kRowsTogether];
-    reduce_add4(sums, results);
-    for (std::int64_t r = 0; r < rows; ++r) y[o + r] = results[r];
+  const auto row = [&](std::int64_t o) {
+    return reinterpret_cast<const std::uint8_t*>(weights.blocks + o * weights.row_bytes);
+  };
+  std::int64_t o = 0;
+  for (; o + kRowsTogether <= weights.outputs; o += kRowsTogether) {
+    Vec sums[kRowsTogether];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowsTogether; ++r) sums[r] = dot(row(o + r));
+    reduce_add4(sums, y + o);
   }
+  const std::int64_t rest = weights.outputs - o;
+  if (rest == 0) return;
+  // In fours as well: what a sum is must not depend on the rows beside it.
+  Vec sums[kRowsTogether]{zero(), zero(), zero(), zero()};
+  for (std::int64_t r = 0; r < rest; ++r) sums[r] = dot(row(o + r));
+  float results[kRowsTogether];
+  reduce_add4(sums, results);
+  for (std::int64_t r = 0; r < rest; ++r) y[o + r] = results[r];
 }
 
 /// dot(block, first, begin) for blocks of 32 numbers, kLanes of them at a time: blocks [first, first + kLanes) of the
 /// row, of which those before `begin` were multiplied before. `begin` is a multiple of 4.
 template <std::int64_t size, class Dot>
-inline void for_each_lanes(const std::uint8_t* p, std::int64_t blocks, const Dot& dot) {
+[[gnu::always_inline]] inline void for_each_lanes(const std::uint8_t* p, std::int64_t blocks, const Dot& dot) {
   std::int64_t first = 0;
   for (; first + kLanes <= blocks; first += kLanes) {
-    prefetch_ahead(p + first * size, kLanes * size);
     dot(p + first * size, first, 0);
   }
   const std::int64_t rest = blocks - first;
   if (rest > 0 && rest % 4 == 0 && blocks >= kLanes) {
     // The last vector of blocks reaches back.
-    prefetch_ahead(p + first * size, rest * size);
     dot(p + (blocks - kLanes) * size, blocks - kLanes, static_cast<int>(kLanes - rest));
   } else if (rest > 0) {
     std::uint8_t last[kLanes * size]{};
@@ -365,7 +370,7 @@ inline Vec dot_q45_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiv
   const IntVec fifth_bit = set1_int(0x10101010);
   for (std::int64_t first = 0; first < inputs; first += 256, p += size) {
     prefetch_ahead(p, size);
-    const GroupFactors factors = weigh_groups(p, x.scales + first / 32, x.sums_of_groups + first / 32);
+    const GroupFactors factors = weigh_groups(p, x.group_weights + first / 16);
     low = add_minima(low, factors);
     // A quarter is half a group: even groups lie in low nibbles, odd ones in high nibbles.
     const auto multiply = [&](auto vector) __attribute__((always_inline)) {
@@ -396,8 +401,8 @@ inline Vec dot_q45_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiv
     multiply(std::integral_constant<int, 0>{});
     if constexpr (kHalves == 1) multiply(std::integral_constant<int, 1>{});
   }
-  if constexpr (in_place) acc[1] = mul(acc[1], set1(1.0F / 16));
-  return sub(add(acc[0], acc[1]), drop_scales(low));
+  const Vec sum = in_place ? fma(acc[1], set1(1.0F / 16), acc[0]) : add(acc[0], acc[1]);
+  return sub(sum, drop_scales(low));
 }
 
 /// Bytes 0 to 15 of the scales of a Q3_K block, 32 too large.
@@ -525,8 +530,6 @@ inline Vec dot_q6_k(const std::uint8_t* p, std::int64_t inputs, const ByteActiva
 /// y[o] for one row of activations.
 inline void multiply_one_row(const BlockRows& weights, const ByteActivations& x, float* y) {
   const std::int64_t inputs = weights.inputs;
-  // No row before asked for the first ones.
-  ask_for(reinterpret_cast<const std::uint8_t*>(weights.blocks), std::min(kAhead, weights.outputs * weights.row_bytes));
   switch (weights.type) {
     case GgmlType::q8_0:
       return for_each_row(weights, y, [&](const auto* p) { return dot_q80(p, inputs / 32, x); });
@@ -655,7 +658,8 @@ inline void quantise_group(const float* x, float scale, std::int8_t* bytes, Vec*
 
 /// What ByteActivations holds of `count` numbers, a multiple of 32.
 inline void quantise_activations(const float* x, std::int64_t count, std::int8_t* bytes, std::int8_t* paired,
-                                 std::int8_t* quartered, float* scales, float* sums, float* sums_of_groups) {
+                                 std::int8_t* quartered, float* scales, float* sums, float* sums_of_groups,
+                                 float* group_weights) {
   const std::int64_t groups = count / kActivationGroup;
   alignas(64) float largest[kGroupsTogether];
   for (std::int64_t first = 0; first < groups; first += 2) {
@@ -679,6 +683,11 @@ inline void quantise_activations(const float* x, std::int64_t count, std::int8_t
       const std::int64_t g = first + i;
       const float of_half[2]{scales[g] * totals[i * 2], scales[g] * totals[i * 2 + 1]};
       sums_of_groups[g] = of_half[0] + of_half[1];
+      if (group_weights != nullptr) {
+        float* eight = group_weights + g / 8 * 16 + g % 8;
+        eight[0] = scales[g];
+        eight[8] = sums_of_groups[g];
+      }
       for (std::int64_t half = 0; half < 2; ++half) {
         const std::int8_t* own = rounded + i * kActivationGroup + half * 16;
         if (sums != nullptr) sums[g * 2 + half] = of_half[half];

@@ -30,6 +30,7 @@ struct ByteActivations {
   const float* scales;          ///< [rows][padded / 32]
   const float* sums;            ///< [rows][padded / 16] of the numbers that the bytes stand for; for scales of 16
   const float* sums_of_groups;  ///< [rows][padded / 32] the same
+  const float* group_weights;   ///< [rows][padded / 16] beside `paired`: scales of eight groups, then their sums
 };
 
 /// Weights [outputs][inputs] in blocks along the rows.

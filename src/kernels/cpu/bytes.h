@@ -65,10 +65,11 @@ struct ByteKernels {
   /// Adds key tiles, in this order, to the states of all rows.
   void (*attend)(const ByteKeys& keys, const ByteRows& rows, const std::int32_t* tiles, std::int64_t tile_count,
                  const ByteScratch& scratch);
-  /// What ByteActivations holds of `count` activations, a multiple of 32. `bytes`, `paired`, `quartered` and `sums` may
-  /// be null.
+  /// What ByteActivations holds of `count` activations, a multiple of 32. `bytes`, `paired`, `quartered`, `sums` and
+  /// `group_weights` may be null.
   void (*quantise_activations)(const float* x, std::int64_t count, std::int8_t* bytes, std::int8_t* paired,
-                               std::int8_t* quartered, float* scales, float* sums, float* sums_of_groups);
+                               std::int8_t* quartered, float* scales, float* sums, float* sums_of_groups,
+                               float* group_weights);
   /// y[r * y_stride + o] for at most kBlockRows rows of activations.
   void (*multiply_blocks)(const BlockRows& weights, const ByteActivations& x, float* y, std::int64_t y_stride);
   /// Whole blocks of quantised types as floats, up to rounding what dequantise() gives.

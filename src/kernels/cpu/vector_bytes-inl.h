@@ -132,30 +132,28 @@ inline Vec spread_two(Vec v, int first) {
 /// The 6-bit scales and minima of eight groups in 12 bytes at p, as bytes. Out of general registers: the units of
 /// vectors are what a product is short of.
 inline __m128i spread_factors16(const std::uint8_t* p) {
+  constexpr std::uint64_t six_bits = 0x3f3f3f3f3f3f3f3fU;
   std::uint64_t low;
   std::uint32_t third;
   std::memcpy(&low, p, 8);
   std::memcpy(&third, p + 8, 4);
   const std::uint64_t nibbles = third | std::uint64_t{third >> 4} << 32;
-  const std::uint64_t first = low & 0x3f3f3f3f3f3f3f3fU;
-  const std::uint64_t second = (nibbles & 0x0f0f0f0f0f0f0f0fU) | (low >> 2 & 0x3030303030303030U);
+  const std::uint64_t first = low & six_bits;
+  const std::uint64_t second = (nibbles & 0x0f0f0f0f0f0f0f0fU) | (low & ~six_bits) >> 2;
   return _mm_unpacklo_epi32(_mm_cvtsi64_si128(static_cast<std::int64_t>(first)),
                             _mm_cvtsi64_si128(static_cast<std::int64_t>(second)));
 }
-/// The scales of eight groups of a K block times `scales`, and their minima times `sums`. The block begins with its own
-/// scale and that of the minima as f16 and goes on with 12 bytes as above.
+/// The scales of eight groups of a K block times weights[0, 8), and their minima times weights[8, 16). The block begins
+/// with its own scale and that of the minima as f16 and goes on with 12 bytes as above.
 struct GroupFactors {
   Vec scales;  ///< the minima on the second half
 };
-inline GroupFactors weigh_groups(const std::uint8_t* p, const float* scales, const float* sums) {
+inline GroupFactors weigh_groups(const std::uint8_t* p, const float* weights) {
   const __m512 factors = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(spread_factors16(p + 4)));
-  const __m512 weights = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(scales)), _mm256_loadu_ps(sums), 1);
-  std::int32_t both;
-  std::memcpy(&both, p, 4);
-  const __m256i halves =
-      _mm256_setr_epi64x(0x0100010001000100, 0x0100010001000100, 0x0302030203020302, 0x0302030203020302);
-  const __m512 own = _mm512_cvtph_ps(_mm256_shuffle_epi8(_mm256_set1_epi32(both), halves));
-  return {_mm512_mul_ps(_mm512_mul_ps(factors, weights), own)};
+  const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  const __m128 both = _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m512 own = _mm512_permutexvar_ps(halves, _mm512_castps128_ps512(both));
+  return {_mm512_mul_ps(_mm512_mul_ps(factors, _mm512_loadu_ps(weights)), own)};
 }
 /// Adds minima to sums of which only drop_scales() makes something.
 inline Vec add_minima(Vec sum, GroupFactors factors) {
@@ -309,12 +307,12 @@ struct GroupFactors {
   Vec scales;
   Vec minima;
 };
-inline GroupFactors weigh_groups(const std::uint8_t* p, const float* scales, const float* sums) {
+inline GroupFactors weigh_groups(const std::uint8_t* p, const float* weights) {
   const __m128i bytes = spread_factors16(p + 4);
   const __m256 own = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
   const __m256 least = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes)));
-  return {mul(mul(own, load(scales)), spread_half_numbers(p, 0)),
-          mul(mul(least, load(sums)), spread_half_numbers(p + 2, 0))};
+  return {mul(mul(own, load(weights)), spread_half_numbers(p, 0)),
+          mul(mul(least, load(weights + 8)), spread_half_numbers(p + 2, 0))};
 }
 inline Vec add_minima(Vec sum, GroupFactors factors) {
   return add(sum, factors.minima);
@@ -444,7 +442,7 @@ struct GroupFactors {
   Vec scales;
   Vec minima;
 };
-inline GroupFactors weigh_groups(const std::uint8_t* p, const float* scales, const float* sums) {
+inline GroupFactors weigh_groups(const std::uint8_t* p, const float* weights) {
   float own[kLanes];
   float least[kLanes];
   for (int i = 0; i < 4; ++i) {
@@ -453,8 +451,8 @@ inline GroupFactors weigh_groups(const std::uint8_t* p, const float* scales, con
     least[i] = static_cast<float>(p[8 + i] & 63);
     least[4 + i] = static_cast<float>(p[12 + i] >> 4 | (p[8 + i] >> 6) << 4);
   }
-  return {mul(mul(load(own), load(scales)), spread_half_numbers(p, 0)),
-          mul(mul(load(least), load(sums)), spread_half_numbers(p + 2, 0))};
+  return {mul(mul(load(own), load(weights)), spread_half_numbers(p, 0)),
+          mul(mul(load(least), load(weights + 8)), spread_half_numbers(p + 2, 0))};
 }
 inline Vec add_minima(Vec sum, GroupFactors factors) {
   return add(sum, factors.minima);
@@ -574,8 +572,9 @@ struct GroupFactors {
   Vec scales;
   Vec minima;
 };
-inline GroupFactors weigh_groups(const std::uint8_t* p, const float* scales, const float* sums) {
-  GroupFactors factors{mul(load(scales), spread_half_numbers(p, 0)), mul(load(sums), spread_half_numbers(p + 2, 0))};
+inline GroupFactors weigh_groups(const std::uint8_t* p, const float* weights) {
+  GroupFactors factors{mul(load(weights), spread_half_numbers(p, 0)),
+                       mul(load(weights + 8), spread_half_numbers(p + 2, 0))};
   for (int i = 0; i < 4; ++i) {
     factors.scales[i] *= static_cast<float>(p[4 + i] & 63);
     factors.scales[4 + i] *= static_cast<float>((p[12 + i] & 15) | (p[4 + i] >> 6) << 4);
