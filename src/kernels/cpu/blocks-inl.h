@@ -255,7 +255,8 @@ inline void for_each_row(const BlockRows& weights, float* y, const Dot& dot) {
   std::int64_t o = 0;
   for (; o + kRowsTogether <= weights.outputs; o += kRowsTogether) {
     Vec sums[kRowsTogether];
-#pragma GCC unroll 4
+    // Unrolled, the compiler would mix the reads of the rows.
+#pragma GCC unroll 1
     for (int r = 0; r < kRowsTogether; ++r) sums[r] = dot(row(o + r));
     reduce_add4(sums, y + o);
   }
@@ -269,43 +270,38 @@ inline void for_each_row(const BlockRows& weights, float* y, const Dot& dot) {
   for (std::int64_t r = 0; r < rest; ++r) y[o + r] = results[r];
 }
 
-/// dot(block, first, begin) for blocks of 32 numbers, kLanes of them at a time: blocks [first, first + kLanes) of the
-/// row, of which those before `begin` were multiplied before. `begin` is a multiple of 4.
+/// dot(block, first, count) for blocks of 32 numbers, kLanes of them at a time: blocks [first, first + count) of the
+/// row. `count`, a constant, is a multiple of 4.
 template <std::int64_t size, class Dot>
 [[gnu::always_inline]] inline void for_each_lanes(const std::uint8_t* p, std::int64_t blocks, const Dot& dot) {
+  constexpr std::integral_constant<int, kLanes> all;
   std::int64_t first = 0;
-  for (; first + kLanes <= blocks; first += kLanes) {
-    dot(p + first * size, first, 0);
-  }
+  for (; first + kLanes <= blocks; first += kLanes) dot(p + first * size, first, all);
   const std::int64_t rest = blocks - first;
-  if (rest > 0 && rest % 4 == 0 && blocks >= kLanes) {
-    // The last vector of blocks reaches back.
-    dot(p + (blocks - kLanes) * size, blocks - kLanes, static_cast<int>(kLanes - rest));
-  } else if (rest > 0) {
-    std::uint8_t last[kLanes * size]{};
-    std::memcpy(last, p + first * size, static_cast<std::size_t>(rest * size));
-    dot(last, first, 0);
+  if (rest == 0) return;
+  p += first * size;
+  if (rest == 4) return dot(p, first, std::integral_constant<int, 4>{});
+  if constexpr (kLanes == 16) {
+    if (rest == 8) return dot(p, first, std::integral_constant<int, 8>{});
+    if (rest == 12) return dot(p, first, std::integral_constant<int, 12>{});
   }
+  std::uint8_t last[kLanes * size]{};
+  std::memcpy(last, p, static_cast<std::size_t>(rest * size));
+  dot(last, first, all);
 }
 
-/// f16 numbers of kLanes blocks, 0 before `begin`.
-inline Vec collect_from(const std::uint8_t* p, std::int64_t size, int begin) {
-  const Vec all = collect_half_numbers(p, size);
-  return begin > 0 ? select(mask_from_bits(~0U << begin), all, zero()) : all;
-}
-
-inline Vec dot_q80(const std::uint8_t* p, std::int64_t blocks, const ByteActivations& x) {
+[[gnu::always_inline]] inline Vec dot_q80(const std::uint8_t* p, std::int64_t blocks, const ByteActivations& x) {
   constexpr std::int64_t size = BlockQ80::bytes;
   Vec acc[2]{zero(), zero()};
   Vec low = zero();
   for_each_lanes<size>(
-      p, blocks, [&](const std::uint8_t* block, std::int64_t first, int begin) __attribute__((always_inline)) {
-        const Vec own = collect_from(block, size, begin);
+      p, blocks, [&](const std::uint8_t* block, std::int64_t first, auto count) __attribute__((always_inline)) {
+        const Vec own = collect_half_numbers<count()>(block, size);
         const Vec factors = mul(own, load(x.scales + first));
         low = fma(own, load(x.sums_of_groups + first), low);
+        constexpr int own_blocks = count();
 #pragma GCC unroll 8
-        for (int i = 0; i < kLanes; i += kHalves) {
-          if (i < begin) continue;
+        for (int i = 0; i < own_blocks; i += kHalves) {
           const IntVec codes = flip_signs(load_halves(block + i * size + 2, size));
           const IntVec numbers = load_int(reinterpret_cast<const std::int32_t*>(x.bytes + (first + i) * 32));
           const Vec products = to_float(multiply_add_bytes<true>(codes, numbers, set1_int(0)));
@@ -324,7 +320,7 @@ inline Vec multiply_nibbles(IntVec low, IntVec high, const std::int8_t* numbers,
 
 /// Q4_0, Q4_1, Q5_0, Q5_1.
 template <bool with_minimum, bool fifth>
-inline Vec dot_nibbles(const std::uint8_t* p, std::int64_t blocks, const ByteActivations& x) {
+[[gnu::always_inline]] inline Vec dot_nibbles(const std::uint8_t* p, std::int64_t blocks, const ByteActivations& x) {
   constexpr std::int64_t size = BlockNibbles<with_minimum, fifth>::bytes;
   constexpr int bits_at = with_minimum ? 4 : 2;
   constexpr int nibbles_at = bits_at + (fifth ? 4 : 0);
@@ -333,14 +329,14 @@ inline Vec dot_nibbles(const std::uint8_t* p, std::int64_t blocks, const ByteAct
   Vec acc[2]{zero(), zero()};
   Vec low = zero();
   for_each_lanes<size>(
-      p, blocks, [&](const std::uint8_t* block, std::int64_t first, int begin) __attribute__((always_inline)) {
-        const Vec own = collect_from(block, size, begin);
-        const Vec least = with_minimum ? collect_from(block + 2, size, begin) : own;
+      p, blocks, [&](const std::uint8_t* block, std::int64_t first, auto count) __attribute__((always_inline)) {
+        const Vec own = collect_half_numbers<count()>(block, size);
+        const Vec least = with_minimum ? collect_half_numbers<count()>(block + 2, size) : own;
         const Vec factors = mul(own, load(x.scales + first));
         low = fma(least, load(x.sums_of_groups + first), low);
+        constexpr int own_blocks = count();
 #pragma GCC unroll 4
-        for (int i = 0; i < kLanes; i += quarters) {
-          if (i < begin) continue;
+        for (int i = 0; i < own_blocks; i += quarters) {
           const std::uint8_t* from = block + i * size;
           const IntVec codes = load_quarters(from + nibbles_at, size);
           IntVec even = bits_and(codes, low_bits);
@@ -532,15 +528,25 @@ inline void multiply_one_row(const BlockRows& weights, const ByteActivations& x,
   const std::int64_t inputs = weights.inputs;
   switch (weights.type) {
     case GgmlType::q8_0:
-      return for_each_row(weights, y, [&](const auto* p) { return dot_q80(p, inputs / 32, x); });
+      return for_each_row(
+          weights, y, [&](const auto* p) __attribute__((always_inline)) { return dot_q80(p, inputs / 32, x); });
     case GgmlType::q4_0:
-      return for_each_row(weights, y, [&](const auto* p) { return dot_nibbles<false, false>(p, inputs / 32, x); });
+      return for_each_row(
+          weights, y, [&](const auto* p) __attribute__((always_inline)) {
+            return dot_nibbles<false, false>(p, inputs / 32, x);
+          });
     case GgmlType::q4_1:
-      return for_each_row(weights, y, [&](const auto* p) { return dot_nibbles<true, false>(p, inputs / 32, x); });
+      return for_each_row(
+          weights,
+          y, [&](const auto* p) __attribute__((always_inline)) { return dot_nibbles<true, false>(p, inputs / 32, x); });
     case GgmlType::q5_0:
-      return for_each_row(weights, y, [&](const auto* p) { return dot_nibbles<false, true>(p, inputs / 32, x); });
+      return for_each_row(
+          weights,
+          y, [&](const auto* p) __attribute__((always_inline)) { return dot_nibbles<false, true>(p, inputs / 32, x); });
     case GgmlType::q5_1:
-      return for_each_row(weights, y, [&](const auto* p) { return dot_nibbles<true, true>(p, inputs / 32, x); });
+      return for_each_row(
+          weights,
+          y, [&](const auto* p) __attribute__((always_inline)) { return dot_nibbles<true, true>(p, inputs / 32, x); });
     case GgmlType::q2_k:
       return for_each_row(weights, y, [&](const auto* p) { return dot_q23_k<false>(p, inputs, x); });
     case GgmlType::q3_k:

@@ -82,11 +82,12 @@ inline IntVec shift_halves(IntVec x) {
   constexpr int b = second & 31;
   return _mm512_rolv_epi32(x, _mm512_setr_epi32(a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b));
 }
-/// f16 numbers `stride` bytes apart.
+/// The first `count` lanes: f16 numbers `stride` bytes apart. Zeros behind.
+template <int count>
 inline Vec collect_half_numbers(const std::uint8_t* p, std::int64_t stride) {
   const auto number = [&](int i) {
-    std::int16_t bits;
-    std::memcpy(&bits, p + i * stride, 2);
+    std::int16_t bits = 0;
+    if (i < count) std::memcpy(&bits, p + i * stride, 2);
     return bits;
   };
   const auto eight = [&](int i) {
@@ -261,10 +262,11 @@ template <int first, int second>
 inline IntVec shift_halves(IntVec x) {
   return first >= 0 ? _mm256_slli_epi32(x, first < 0 ? 0 : first) : _mm256_srli_epi32(x, first < 0 ? -first : 0);
 }
+template <int count>
 inline Vec collect_half_numbers(const std::uint8_t* p, std::int64_t stride) {
   const auto number = [&](int i) {
-    std::int16_t bits;
-    std::memcpy(&bits, p + i * stride, 2);
+    std::int16_t bits = 0;
+    if (i < count) std::memcpy(&bits, p + i * stride, 2);
     return bits;
   };
   return _mm256_cvtph_ps(
@@ -402,9 +404,10 @@ inline IntVec shift_halves(IntVec x) {
   return {vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(x.low), bits)),
           vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(x.high), bits))};
 }
+template <int count>
 inline Vec collect_half_numbers(const std::uint8_t* p, std::int64_t stride) {
-  std::uint16_t numbers[kLanes];
-  for (int i = 0; i < kLanes; ++i) std::memcpy(numbers + i, p + i * stride, 2);
+  std::uint16_t numbers[kLanes] = {};
+  for (int i = 0; i < count; ++i) std::memcpy(numbers + i, p + i * stride, 2);
   const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(numbers));
   return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)};
 }
@@ -534,9 +537,10 @@ template <int first, int second>
 inline IntVec shift_halves(IntVec x) {
   return first >= 0 ? shift_left<(first < 0 ? 0 : first)>(x) : shift_right<(first < 0 ? -first : 0)>(x);
 }
+template <int count>
 inline Vec collect_half_numbers(const std::uint8_t* p, std::int64_t stride) {
   Vec out{};
-  for (int i = 0; i < kLanes; ++i) {
+  for (int i = 0; i < count; ++i) {
     out[i] = half_to_float(static_cast<std::uint16_t>(p[i * stride] | p[i * stride + 1] << 8));
   }
   return out;
