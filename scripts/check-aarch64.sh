@@ -13,8 +13,8 @@ usage: scripts/check-aarch64.sh [--cli] [--wheel] [LAYER[:FILTER] ...]
   --wheel   a wheel of the Python package for Arm, by cross compilation with nanobind's sources from .venv, and one
             attention call in an emulated Python
 
-Without arguments, as in CI: all layers, and of the tests that take minutes under emulation, those of thousands of
-tokens among them, a sixteenth that the first digit of the commit's hash chooses. Really all, an hour on two cores:
+Without arguments, as in CI: all layers, and of the tests of eval and tune that take minutes under emulation, those of
+thousands of tokens, a sixteenth that the first digit of the commit's hash chooses. Really all, an hour on two cores:
 scripts/check-aarch64.sh --cli --wheel all. The Arm libraries are unpacked beside the build; the package lists of the
 system stay as they are.
 Needs the Debian packages of scripts/install-packages.sh build test cross.
@@ -34,15 +34,12 @@ for argument in "$@"; do
     *) layers+=("$argument") ;;
   esac
 done
-slow_kernels=Backward.DenseOverAwkwardLengths:Backward.KeyMajorOverTilesAndGroups:Kernels.KeyMajorOverTilesAndGroups
-slow_kernels+=:OnlineSkip.FollowsTheReferenceTileByTile:RowWeightsBackward.ReferenceMatchesCentralDifferences
 slow_eval='*/16384_tokens:*PrefillMemory*'
 slow_tune='*PrefillDefault*:PatternSearch.*:SpanProfile.*:MoaTuner.*:Thresholds.KeepWhatTheMethodKeeps:Tuners.WriteWhatTheMethodsRead'
 slow=()
 if [[ $# -eq 0 ]]; then
-  layers=(core io plan cache score recurrent view methods model "kernels:-$slow_kernels" "eval:-$slow_eval"
-    "tune:-$slow_tune")
-  slow=("kernels:$slow_kernels" "eval:$slow_eval" "tune:$slow_tune")
+  layers=(core io plan cache score recurrent view methods model kernels "eval:-$slow_eval" "tune:-$slow_tune")
+  slow=("eval:$slow_eval" "tune:$slow_tune")
 fi
 slow_shares=16
 hash=$(git rev-parse HEAD 2>/dev/null) || hash=0
