@@ -67,7 +67,7 @@ template <DType dtype, int rows>
       for (int o = 0; o < 4; ++o) sums[r][o] = rows == 1 ? dot_one<dtype>(w[o], whole, x) : zero();
     }
     const std::int64_t ahead = 4 * inputs * bytes;
-    const std::int64_t left = rows == 1 ? 0 : whole;
+    const std::int64_t left = rows == 1 ? 0 : whole;  // one row is summed already
     for (std::int64_t i = 0; i < left; i += kLanes) {
       if (i * bytes % 64 == 0) {
 #pragma GCC unroll 4

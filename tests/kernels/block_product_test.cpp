@@ -99,7 +99,7 @@ TEST(BlockProduct, FollowsTheDefinition) {
   for (const auto& [name, table] : tested_tables()) {
     for (const GgmlType type : kTypes) {
       const std::int64_t block = block_of(type).numbers;
-      for (const std::int64_t blocks : {1, 3, 4, 9, 28, 33}) {
+      for (const std::int64_t blocks : {1, 3, 4, 8, 9, 24, 28, 33}) {
         SCOPED_TRACE(name + " " + name_of(type) + " " + std::to_string(blocks));
         const std::int64_t inputs = block * blocks;
         const std::int64_t outputs = 1 + blocks % 4;
