@@ -101,11 +101,8 @@ class Recall : public testing::TestWithParam<std::pair<std::int64_t, std::int64_
   std::vector<float> previous_;
 };
 
-TEST_P(Recall, DenseAnswersEverything) {
+TEST_P(Recall, DenseFindsEverythingAndASelectionWhatItKeeps) {
   EXPECT_EQ(accuracy(dense()), 1.0);
-}
-
-TEST_P(Recall, SelectionDecidesWhatIsFound) {
   const double largest = accuracy(largest_score, 0.1);
   const double pooled = accuracy(pooled_score, 0.1);
   const double pooled_half = accuracy(pooled_score, 0.5);

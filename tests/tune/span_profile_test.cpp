@@ -116,14 +116,14 @@ TEST(MoaTuner, ChoosesSpansWithinTheDensity) {
   const Model model = Model::load(folder.path());
   TuningTask task;
   task.model = &model;
-  task.length = 1536;
+  task.length = 1024;
   task.run.threads = 1;
   const std::string parameters =
       R"({"samples": 1, "response": 8, "passkeys": 1, "words": 2, "alpha_step": 64, "intervals": 2})";
   const Json document = tune("moa", task, parameters);
   const Json& report = document["tuned"];
-  EXPECT_EQ(report["lengths"], (Json{384, 768, 1536}));
-  EXPECT_EQ(report["validated_length"], 2304);
+  EXPECT_EQ(report["lengths"], (Json{256, 512, 1024}));
+  EXPECT_EQ(report["validated_length"], 1536);
   for (const double density : report["density"]) {
     EXPECT_LE(density, 0.5 + 1e-9);
     EXPECT_GE(density, 0.45 - 1e-9);
