@@ -230,8 +230,8 @@ struct SessionOptions {
   /// Bytes that caches and activations of the session may take; 0: what the system has available when a prompt comes;
   /// negative: unlimited. A prompt that needs more is refused before it runs.
   std::int64_t memory_limit = 0;
-  /// Multiply bf16 weights and keys with float32 activations and queries. Otherwise prefill rounds those to bf16 where
-  /// the machine has products of bf16, which is about twice as fast.
+  /// Multiply bf16 weights and keys with float32 activations and queries. Otherwise, where the machine has products of
+  /// bf16, prefill rounds those to bf16, which is about twice as fast, and decoding rounds the queries.
   bool exact_products = false;
   /// Count the pairs that decoding computes: statistics of a plan per token and layer, which decode_ms leaves out.
   bool count_decoding = false;

@@ -132,7 +132,7 @@ class Session::Implementation {
       call.prompt = true;
       call.prompt_ends = first + rows == total;
       call.exact = options_.exact_products;
-      call.round_queries = options_.kv_dtype == CacheType::bf16 && !options_.exact_products;
+      call.round_queries = round_queries();
       call.length = before + total;
       call.on_plan = [&](std::int64_t layer, const Plan& plan) {
         note_peak();  // before the layer's cache may compress
@@ -181,6 +181,7 @@ class Session::Implementation {
     call.state = state;
     call.run = options_.run;
     call.exact = options_.exact_products;
+    call.round_queries = round_queries();
     observation_ms_ = 0;
     if (options_.count_decoding) {
       call.on_plan = [&](std::int64_t layer, const Plan& plan) {
@@ -243,6 +244,9 @@ class Session::Implementation {
   }
 
  private:
+  /// To bf16, as the cache rounds keys.
+  bool round_queries() const { return options_.kv_dtype == CacheType::bf16 && !options_.exact_products; }
+
   /// Whether a layer may have to leave keys out that lie before its window.
   bool in_window(std::int64_t layer) const {
     const std::int64_t window = model_.config().layer(layer).window;

@@ -132,23 +132,38 @@ TEST(ForwardCache, QueriesAreRoundedAsTheirKeysWherePairsAreMultiplied) {
   const Loaded loaded({});
   const Model model = loaded.load();
   const auto tokens = testing::random_tokens(100, 260, 9);
-  for (const Isa isa : supported_isas()) {
-    SCOPED_TRACE(name_of(isa));
-    SessionOptions options;
-    options.run.isa = isa;
-    const Logits f32 = prefill_logits(model, tokens, options);
-    options.kv_dtype = CacheType::bf16;
-    const Logits rounded = prefill_logits(model, tokens, options);
-    options.exact_products = true;
-    const Logits exact = prefill_logits(model, tokens, options);
-    const double difference = largest_difference(exact, rounded);
-    if (isa == Isa::avx512_bf16) {
-      EXPECT_GT(difference, 1e-6);
-    } else {
-      EXPECT_EQ(difference, 0);
+  // Of the prompt, and of tokens that are decoded after it.
+  const auto decoded_logits = [&](const SessionOptions& options) {
+    Session session(model, options);
+    session.prefill(tokens);
+    Logits all;
+    for (const std::int32_t token : {3, 200, 41, 7}) {
+      const auto logits = session.decode(token);
+      all.insert(all.end(), logits.begin(), logits.end());
     }
-    // What rounding the queries adds is no more than what rounding keys and values did.
-    EXPECT_LT(difference, 2 * largest_difference(f32, exact));
+    return all;
+  };
+  for (const Isa isa : supported_isas()) {
+    for (const bool decoding : {false, true}) {
+      SCOPED_TRACE(std::string(name_of(isa)) + (decoding ? ", decoding" : ", prompt"));
+      const auto run = [&](CacheType cache, bool exact_products) {
+        SessionOptions options;
+        options.run.isa = isa;
+        options.kv_dtype = cache;
+        options.exact_products = exact_products;
+        return decoding ? decoded_logits(options) : prefill_logits(model, tokens, options);
+      };
+      const Logits rounded = run(CacheType::bf16, false);
+      const Logits exact = run(CacheType::bf16, true);
+      const double difference = largest_difference(exact, rounded);
+      if (isa == Isa::avx512_bf16) {
+        EXPECT_GT(difference, 1e-6);
+      } else {
+        EXPECT_EQ(difference, 0);
+      }
+      // What rounding the queries adds is no more than what rounding keys and values did.
+      EXPECT_LT(difference, 2 * largest_difference(run(CacheType::f32, false), exact));
+    }
   }
 }
 
