@@ -255,7 +255,7 @@ void add_run(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--seed", options->sampling.seed, "Seed of the sampling")->capture_default_str();
   command->add_option("--chunk", options->chunk,
-                      "Tokens per prefill chunk, 0 for the whole prompt (default: those whose activations fit in 64 "
+                      "Tokens per prefill chunk, 0 for the whole prompt (default: those whose activations fit in 48 "
                       "MiB, in 1 GiB if the method needs the whole prompt)");
   command
       ->add_option("--kv-dtype", options->kv_dtype,

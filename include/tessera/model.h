@@ -222,7 +222,7 @@ struct SessionOptions {
   std::shared_ptr<const Method> decode = {};   ///< null: `prefill` if it supports decoding, else dense; owns the cache
   CacheType kv_dtype = CacheType::f32;
   std::int64_t page_size = 64;
-  /// Tokens per prefill chunk; 0: the whole prompt at once; absent: those whose activations fit in 64 MiB where chunks
+  /// Tokens per prefill chunk; 0: the whole prompt at once; absent: those whose activations fit in 48 MiB where chunks
   /// change nothing (Method::prefill_tile) and decoding keeps every token, else in 1 GiB. Methods plan per chunk, over
   /// all keys so far.
   std::optional<std::int64_t> chunk = {};

@@ -107,7 +107,7 @@ class Session:
             decode_method: of decoding; owns the cache.
             kv_dtype: "f32", "bf16", "f16" or "i8", in the cache.
             chunk: tokens per prefill chunk; 0: the whole prompt; None: those whose activations fit in
-                64 MiB, in 1 GiB if the method needs the whole prompt.
+                48 MiB, in 1 GiB if the method needs the whole prompt.
             capacity: longest sequence; 0: that of the model.
             on_plan: receives (layer, plan) of everything that prefill ran.
         """

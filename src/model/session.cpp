@@ -18,7 +18,7 @@ namespace {
 /// nothing (Method::prefill_tile), the smaller bound; other methods choose better when they see more queries at once,
 /// and caches that evict hold one layer whole instead of all when the prompt comes in one pass.
 constexpr std::int64_t kActivationBytes = std::int64_t{1} << 30;
-constexpr std::int64_t kPartActivationBytes = std::int64_t{1} << 26;
+constexpr std::int64_t kPartActivationBytes = std::int64_t{48} << 20;
 /// Shorter chunks would multiply too few rows with weights, and pack keys too often.
 constexpr std::int64_t kLeastChunk = 1024;
 /// A slice of logits stays below this.
