@@ -14,7 +14,7 @@ usage: scripts/check-aarch64.sh [--cli] [--wheel] [LAYER[:FILTER] ...]
             attention call in an emulated Python
 
 Without arguments, as in CI: all layers, and of the 19 tests of eval and tune that take minutes under emulation, those of
-methods at their defaults over thousands of tokens, a quarter that the commit's hash chooses. Really all:
+methods at their defaults over thousands of tokens, an eighth that the commit's hash chooses. Really all:
 scripts/check-aarch64.sh --cli --wheel all. The Arm libraries are unpacked beside the build; the package lists of the
 system stay as they are.
 Needs the Debian packages of scripts/install-packages.sh build test cross.
@@ -41,7 +41,7 @@ if [[ $# -eq 0 ]]; then
   layers=(core io plan cache score recurrent view methods model kernels "eval:-$slow_eval" "tune:-$slow_tune")
   slow=("eval:$slow_eval" "tune:$slow_tune")
 fi
-slow_shares=4
+slow_shares=8
 hash=$(git rev-parse HEAD 2>/dev/null) || hash=0
 slow_share=$((16#${hash:0:1} % slow_shares))
 build=build/aarch64
