@@ -15,9 +15,9 @@ namespace tessera {
 namespace {
 
 /// The default chunk: activations of one pass stay below this. Where the method says that parts of the prompt change
-/// nothing (Method::prefill_tile), the smaller bound, beside which 64 MiB are hardly faster; other methods choose better
-/// when they see more queries at once, and caches that evict hold one layer whole instead of all when the prompt comes
-/// in one pass.
+/// nothing (Method::prefill_tile), the smaller bound, beside which 64 MiB are hardly faster; other methods choose
+/// better when they see more queries at once, and caches that evict hold one layer whole instead of all when the prompt
+/// comes in one pass.
 constexpr std::int64_t kActivationBytes = std::int64_t{1} << 30;
 constexpr std::int64_t kPartActivationBytes = std::int64_t{48} << 20;
 /// Shorter chunks would multiply too few rows with weights, and pack keys too often.
