@@ -53,10 +53,11 @@ PackedSources::PackedSources(const Call& call, const TileShape& shape, const Lev
     std::int64_t first_group;
     bool raw;
   };
+  for (std::size_t i = 0; i < pairs.size(); ++i) describe(call, pairs[i], i);
+  if (!wish.keys && !wish.values && !wish.scan) return;
   std::vector<Chunk> chunks;
   std::size_t words = 0;
   for (std::size_t i = 0; i < pairs.size(); ++i) {
-    describe(call, pairs[i], i);
     words += panel_words(shape, sources_[i * sources_per_pair_].keys, wish);
     for (std::size_t s = i * sources_per_pair_; s < (i + 1) * sources_per_pair_; ++s) {
       for (std::int64_t g = 0; g < groups_of(sources_[s].keys); g += chunk_groups) {

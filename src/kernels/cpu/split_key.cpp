@@ -123,21 +123,28 @@ std::size_t run_split_key(const Call& call, const LevelKernels& level) {
   const auto pieces = static_cast<std::int64_t>(work.pieces.size());
   // Neighbouring pieces to one thread: the keys that it asks for ahead at the end of a piece are those it reads next.
   const std::int64_t together = std::max<std::int64_t>(1, pieces / (kSharesPerThread * thread_count(call.threads)));
+  const auto merge = [&](std::size_t r) {
+    const Row& row = work.rows[r];
+    const std::size_t state = state_begin[r];
+    level.merge_pieces(call, shape, rule, row.job, row.pieces, maximum.data() + state, sum.data() + state,
+                       output + state * columns);
+  };
   const auto attend = [&](std::int64_t i, int thread) {
     const std::size_t r = work.row_of_piece[static_cast<std::size_t>(i)];
     const Row& row = work.rows[r];
     const std::size_t state = state_begin[r] + static_cast<std::size_t>((i - row.first_piece) * row.job.rows());
     level.attend_piece(call, shape, rule, row.job, work.pieces[static_cast<std::size_t>(i)], sources.of(row.pair),
                        scratch.of(thread), maximum.data() + state, sum.data() + state, output + state * columns);
+    if (row.pieces == 1) merge(r);  // by the thread that has the results at hand
   };
   parallel_for(pieces, call.threads, attend, together);
+  std::vector<std::size_t> cut_rows;
+  for (std::size_t r = 0; r < work.rows.size(); ++r) {
+    if (work.rows[r].pieces > 1) cut_rows.push_back(r);
+  }
   const bool few = state_begin.back() * columns < kFewNumbers;
-  parallel_for(static_cast<std::int64_t>(work.rows.size()), few ? 1 : call.threads, [&](std::int64_t r, int) {
-    const Row& row = work.rows[static_cast<std::size_t>(r)];
-    const std::size_t state = state_begin[static_cast<std::size_t>(r)];
-    level.merge_pieces(call, shape, rule, row.job, row.pieces, maximum.data() + state, sum.data() + state,
-                       output + state * columns);
-  });
+  parallel_for(std::ssize(cut_rows), few ? 1 : call.threads,
+               [&](std::int64_t i, int) { merge(cut_rows[static_cast<std::size_t>(i)]); });
   return scratch.bytes() + state_begin.back() * (columns + 2) * sizeof(float);
 }
 
