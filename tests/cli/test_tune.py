@@ -86,6 +86,11 @@ class TuneTest(CommandLineTest):
         self.refuse("tune", "razor", "--model", "nowhere", "--out", "x.json", saying="nowhere")
 
     def test_interrupt_leaves_nothing(self):
+        for request in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(request.name):
+                self.check_interrupt(request)
+
+    def check_interrupt(self, request):
         out = self.directory / "minference.json"
         process = subprocess.Popen([BINARY, "tune", "minference", "--model", MODEL, "--out", out, "--length", "30000"],
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -93,7 +98,7 @@ class TuneTest(CommandLineTest):
             if any(self.directory.iterdir()):
                 break
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(request)
         _, errors = process.communicate(timeout=240)
         self.assertEqual(process.returncode, 2, errors)
         self.assertIn("tessera: interrupted", errors)

@@ -1,4 +1,4 @@
-// Long commands: progress on standard error, and an end by Ctrl-C.
+// Long commands: progress on standard error, and an end by Ctrl-C or SIGTERM.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace tessera::cli {
 
-/// The first Ctrl-C from now on is noted for interrupted(); a second one ends the process at once.
+/// The first Ctrl-C or SIGTERM from now on is noted for interrupted(); a second one ends the process at once.
 void watch_interrupt();
 bool interrupted();
 
