@@ -17,9 +17,11 @@ volatile std::sig_atomic_t interrupt_seen = 0;
 
 void watch_interrupt() {
   struct sigaction action = {};
-  action.sa_handler = [](int) { interrupt_seen = 1; };
-  action.sa_flags = static_cast<int>(SA_RESETHAND);
-  for (const int signal : {SIGINT, SIGTERM}) sigaction(signal, &action, nullptr);
+  action.sa_handler = [](int) {
+    interrupt_seen = 1;
+    for (const int watched : {SIGINT, SIGTERM}) signal(watched, SIG_DFL);
+  };
+  for (const int watched : {SIGINT, SIGTERM}) sigaction(watched, &action, nullptr);
 }
 
 bool interrupted() {
