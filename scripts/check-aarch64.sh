@@ -13,10 +13,8 @@ usage: scripts/check-aarch64.sh [--cli] [--wheel] [LAYER[:FILTER] ...]
   --wheel   a wheel of the Python package for Arm, by cross compilation with nanobind's sources from .venv, and one
             attention call in an emulated Python
 
-Without arguments, as in CI: all layers, and of the 19 tests of eval and tune that take minutes under emulation, those of
-methods at their defaults over thousands of tokens, an eighth that the commit's hash chooses. Really all:
-scripts/check-aarch64.sh --cli --wheel all. The Arm libraries are unpacked beside the build; the package lists of the
-system stay as they are.
+Without arguments, as in CI: all layers. Emulation takes some 250 times as long as the machine itself. The Arm libraries
+are unpacked beside the build; the package lists of the system stay as they are.
 Needs the Debian packages of scripts/install-packages.sh build test cross.
 TEXT
 }
@@ -24,26 +22,18 @@ TEXT
 cli=false
 wheel=false
 layers=()
+all_layers=(core io plan cache kernels score recurrent methods model eval tune view)
 for argument in "$@"; do
   case $argument in
     -h | --help) help && exit 0 ;;
     --cli) cli=true ;;
     --wheel) wheel=true ;;
     -*) echo "check-aarch64: unknown option '$argument'; see --help" >&2 && exit 2 ;;
-    all) layers+=(core io plan cache kernels score recurrent methods model eval tune view) ;;
+    all) layers+=("${all_layers[@]}") ;;
     *) layers+=("$argument") ;;
   esac
 done
-slow_eval='*/16384_tokens'
-slow_tune='*PrefillDefault*:Tuners.WriteWhatTheMethodsRead'
-slow=()
-if [[ $# -eq 0 ]]; then
-  layers=(core io plan cache score recurrent view methods model kernels "eval:-$slow_eval" "tune:-$slow_tune")
-  slow=("eval:$slow_eval" "tune:$slow_tune")
-fi
-slow_shares=8
-hash=$(git rev-parse HEAD 2>/dev/null) || hash=0
-slow_share=$((16#${hash:0:1} % slow_shares))
+[[ $# -gt 0 ]] || layers=("${all_layers[@]}")
 build=build/aarch64
 root=$PWD/$build/root
 triple=aarch64-linux-gnu
@@ -85,13 +75,15 @@ if $cli || [[ ${#layers[@]} -gt 0 ]]; then
     -DTESSERA_BUILD_CLI=ON -DTESSERA_BUILD_TESTS=ON -DTESSERA_BUILD_PYTHON=OFF \
     -DCMAKE_CROSSCOMPILING_EMULATOR="$(IFS=";"; echo "${emulate[*]}")"
 fi
-run_tests() { # layer, filter, number of shares, share: how many tests passed
-  local shard shards=$((4 * $(nproc))) # more than processors, since tests take from milliseconds to minutes
+# One test at a time on every processor, in one thread but where it asks for more. A test takes from milliseconds to
+# minutes, hence more shards than processors.
+run_tests() { # layer, filter: how many tests passed
+  local shard shards=$((4 * $(nproc)))
   rm -f "$build/test_$1".*
   for ((shard = 0; shard < shards; ++shard)); do
     [[ $(jobs -rp | wc -l) -lt $(nproc) ]] || wait -n || true
-    { GTEST_TOTAL_SHARDS=$(($3 * shards)) GTEST_SHARD_INDEX=$(($4 + $3 * shard)) \
-      log_of "$build/test_$1.$shard.log" "${emulate[@]}" "$build/tests/test_$1" --gtest_brief=1 --gtest_filter="$2" >&2 ||
+    { GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$shard \
+      log_of "$build/test_$1.$shard.log" "${emulate[@]}" -E OMP_NUM_THREADS=1 "$build/tests/test_$1" --gtest_brief=1 --gtest_filter="$2" >&2 ||
       touch "$build/test_$1.failed"; } &
   done
   wait
@@ -105,14 +97,9 @@ for layer in "${layers[@]}"; do
   start=$SECONDS
   make_targets "test_$layer"
   built=$SECONDS
-  passed=$(run_tests "$layer" "$filter" 1 0)
+  passed=$(run_tests "$layer" "$filter")
   [[ $passed -gt 0 ]] || { echo "check-aarch64: $layer: no test matches '$filter'" >&2; exit 1; }
   echo "aarch64, $layer: $passed tests passed, built in $((built - start)) s, run in $((SECONDS - built)) s"
-done
-for layer in "${slow[@]}"; do
-  start=$SECONDS
-  passed=$(run_tests "${layer%%:*}" "${layer#*:}" $slow_shares $slow_share)
-  echo "aarch64, ${layer%%:*}: $passed slow tests passed, share $slow_share of $slow_shares, run in $((SECONDS - start)) s"
 done
 
 if $cli; then
